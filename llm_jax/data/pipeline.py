@@ -1,0 +1,273 @@
+"""From the documents of some sources to the batches of a run, as one Grain pipeline.
+
+Responsible for the order of documents, the shares of processes and worker processes, the mixture of sources, and for a
+stream that is a pure function of the config and can be stopped and continued at any batch. Reading and cutting
+documents is the business of `documents.py` and the task, packing that of `packing.py`, sums over a run that of
+`accounting.py`, arrays on devices that of the train loop.
+"""
+
+import dataclasses
+import os
+import zlib
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import grain
+import numpy as np
+from absl import flags
+
+from llm_jax.config import Batch, Data
+from llm_jax.data.accounting import batch_account
+from llm_jax.data.batching import Batches, Pieces, Windows
+from llm_jax.data.documents import SPLITS, Read, documents
+from llm_jax.data.packing import STREAMS, Bucketed, Packed, Row, collate
+from llm_jax.data.sources import Source
+from llm_jax.data.tokenizer import Tokenizer
+from llm_jax.errors import ConfigError, DataError, choose
+
+PACK_ROWS = 256
+"""rows' worth of pieces that a window holds at least, so that packing fills the rows"""
+READ_AHEAD = 4
+"""batches made ahead by the thread, and by each worker process"""
+
+
+@dataclasses.dataclass(frozen=True)
+class _Finish:
+    """(Row, rng) -> the arrays of the row, through the task's last step."""
+
+    task: Any
+    tokenizer: Tokenizer
+    padding: dict[str, int]
+
+    def __call__(self, row: Row, rng: np.random.Generator) -> dict[str, np.ndarray]:
+        arrays = collate(row, self.padding)
+        kept = {name: arrays.pop(name) for name in ("account", "ids")}
+        return {**self.task.row(arrays, self.tokenizer, rng), **kept}
+
+
+def _in_worker(index: int, count: int) -> None:
+    """Before anything is unpickled in a worker process: a task imports jax, which must leave the accelerator alone."""
+    os.environ["JAX_PLATFORMS"] = "cpu"
+
+
+class Rows(NamedTuple):
+    """A batch of this process and what is known about it."""
+
+    batch: dict[str, np.ndarray]
+    """(B, S) arrays for the devices"""
+    account: np.ndarray
+    """float64, by `accounting.FIELDS`"""
+    digest: int
+    """crc32 of ids and tokens: equal for equal samples in equal order"""
+    ids: np.ndarray
+    """(B, S) int32: number of each slot's document over all sources, -1 for padding"""
+
+
+class Loader:
+    """Iterates over the `Rows` of this process, `batch.size / process_count` rows each.
+
+    Training never ends: each process reads every `process_count`-th document, reshuffled each epoch; the pieces of the
+    sources are mixed by weight, then shuffled and packed in windows of `data.window`. The stream depends on the config,
+    the seed, and the numbers of processes and of `data.workers`.
+
+    Evaluation ends: all held-out documents once, in order, read by a thread whatever `data.workers` is, the same at any
+    seed. Each process makes all rows and keeps its part of each global batch, so that all have equally many batches and
+    the rows do not depend on the number of processes; empty rows fill up the last batch.
+
+    Args:
+        sources: as given by `documents.open_sources(data, split)`.
+
+    Raises:
+        ConfigError: rows, processes, buckets or weights that do not go together; a label for each example of packed
+        rows.
+        DataError: no documents for this split or process, none that yields an example, an example that no row holds.
+    """
+
+    def __init__(self, sources: Sequence[Source], tokenizer: Tokenizer, task: Any, data: Data, batch: Batch, seed: int,
+                 split: str = "train", process_index: int = 0, process_count: int = 1):
+        self._sources, self._tokenizer, self._task = list(sources), tokenizer, task
+        self._data, self._batch = data, batch
+        self._process, self._processes = process_index, process_count
+        self._split = choose("split", split, SPLITS)
+        self._train = split == "train"
+        self._seed = seed if self._train else 0
+        self._workers = data.workers if self._train else 0
+        self._lengths = sorted({*data.buckets, batch.length})
+        self._check()
+        self._documents = [documents(source, data, split) for source in self._sources]
+        self._salt, self._batches = 0, 0
+        self._iterator: grain.DatasetIterator | None = self._make()
+
+    def _check(self) -> None:
+        data, length, processes = self._data, self._batch.length, self._processes
+        if not self._sources:
+            raise ConfigError("data.sources is empty: name one, e.g. text:corpus/*.txt")
+        if self._batch.size % processes:
+            raise ConfigError(f"batch.size {self._batch.size} is not a multiple of the {processes} processes")
+        if data.pack and data.buckets:
+            raise ConfigError("data.buckets are for rows of one example: set data.pack to False")
+        if self._lengths[-1] > length:
+            raise ConfigError(f"data.buckets has {self._lengths[-1]}, but batch.length is {length}")
+        if processes > 1 and len(self._lengths) > 1:
+            raise ConfigError(f"data.buckets {data.buckets} would give the {processes} processes batches of different "
+                              "shapes: leave them empty, or set data.pack")
+
+    def _capacity(self, length: int) -> dict[str, int]:
+        """Slots in each stream of a row whose length the config gives."""
+        lengths = self._task.lengths(length)
+        return {stream: lengths[stream] for stream in STREAMS if stream in lengths}
+
+    def _seed_of(self, *what: str | int) -> int:
+        """A seed for one purpose, unlike those for other purposes, processes and seeds of the run."""
+        process = self._process if self._train else 0
+        return zlib.crc32(repr((self._seed, self._salt, process, what)).encode())
+
+    def _pairs(self, which: int) -> np.ndarray:
+        """(N, 2) source and record number of the documents of a source that this process reads."""
+        numbers = self._documents[which]
+        if self._train:
+            numbers = numbers[self._process::self._processes]
+        if not len(numbers):
+            raise DataError(f"{self._sources[which].spec}: {len(self._documents[which])} documents for "
+                            f"{self._processes} processes: process {self._process} has none")
+        return np.stack([np.full_like(numbers, which), numbers], axis=1)
+
+    def _pieces(self) -> grain.IterDataset:
+        """The pieces of all sources: mixed without end, or one source after the other, once."""
+        read = Read(self._sources, self._tokenizer, self._task, self._data, self._batch.length,
+                    self._capacity(self._batch.length))
+        # Grain's reading threads would gain nothing: encoding a text holds the interpreter's lock.
+        inline = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
+        pairs = [self._pairs(which) for which in range(len(self._sources))]
+        if not self._train:
+            pairs = [np.concatenate(pairs)]
+        parts = []
+        for which, part in enumerate(pairs):
+            dataset = grain.MapDataset.source(part)
+            if self._train:
+                dataset = dataset.shuffle(self._seed_of("documents", which)).repeat()
+            dataset = dataset.random_map(read, seed=self._seed_of("examples", which))
+            # Over the border of two epochs, nearly all documents may come twice before one that yields an example.
+            parts.append(Pieces(dataset.to_iter_dataset(inline), limit=2 * len(part)))
+        if len(parts) == 1:
+            return parts[0]
+        return grain.IterDataset.mix(parts, list(self._data.weights or map(len, self._documents)))
+
+    def _rows(self, count: int) -> grain.IterDataset:
+        """Rows in the order of the batches of `count` rows."""
+        data, seed = self._data, self._seed_of("windows") if self._train else None
+        streams = tuple(tuple(self._capacity(length).values()) for length in self._lengths)
+        if data.pack:
+            return Windows(self._pieces(), Packed(streams[-1]), streams[-1], data.window, PACK_ROWS, seed)
+        # A window is a whole number of batches, so that no batch but the last of an evaluation has rows of two lengths.
+        window = -(-data.window // count) * count
+        return Windows(self._pieces(), Bucketed(streams, count), streams[-1], window, 0, seed)
+
+    def _make(self) -> grain.DatasetIterator:
+        local = self._batch.size // self._processes
+        count, start = (local, 0) if self._train else (self._batch.size, self._process * local)
+        padding = dict.fromkeys(STREAMS, self._tokenizer.pad or 0)
+        finish = _Finish(self._task, self._tokenizer, padding)
+        rows = self._rows(count).random_map(finish, seed=self._seed_of("rows"))
+        batches = Batches(rows, count, slice(start, start + local), padding)
+        if not self._workers:
+            return grain.experimental.ThreadPrefetchIterDataset(batches, prefetch_buffer_size=READ_AHEAD).__iter__()
+        if not flags.FLAGS.is_parsed():
+            flags.FLAGS.mark_as_parsed()  # Grain hands its flags to the workers, parsed or not, and fails if not
+        options = grain.MultiprocessingOptions(num_workers=self._workers, per_worker_buffer_size=READ_AHEAD)
+        return batches.mp_prefetch(options, worker_init_fn=_in_worker).__iter__()
+
+    def __iter__(self) -> "Loader":
+        return self
+
+    def __next__(self) -> Rows:
+        try:
+            arrays = next(self._iterator)
+        except StopIteration:
+            if self._batches:
+                raise
+            specs = ", ".join(source.spec for source in self._sources)
+            raise DataError(f"none of the documents of {specs} yields an example") from None
+        self._batches += 1
+        batch = {name: value for name, value in arrays.items() if name not in ("account", "ids")}
+        digest = zlib.crc32(np.ascontiguousarray(batch["tokens"]), zlib.crc32(np.ascontiguousarray(arrays["ids"])))
+        return Rows(batch, batch_account(arrays), digest, arrays["ids"])
+
+    @property
+    def _layout(self) -> list[int]:
+        return [self._workers, self._processes, len(self._sources)]
+
+    def get_state(self) -> dict[str, Any]:
+        """The place after the last batch returned, whatever was read ahead, as JSON-able data."""
+        return {"layout": self._layout, "salt": self._salt, "batches": self._batches,
+                "grain": self._iterator.get_state()}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Go on after the batch at which `state` was taken: from here on, the same batches follow.
+
+        A state from another number of workers, processes or sources has no place in this stream (`check_fingerprint`
+        tells): then a new stream starts, in an order that was not used before.
+        """
+        same = list(state["layout"]) == self._layout
+        salt = state["salt"] if same else state["batches"]
+        if salt != self._salt:
+            self._iterator.close()
+            self._salt = salt
+            self._iterator = self._make()
+        self._batches = state["batches"]
+        if same:
+            self._iterator.set_state(state["grain"])
+
+    def start(self) -> None:
+        """Begin to read ahead, e.g. while a model compiles."""
+        self._iterator.start_prefetch()
+
+    def close(self) -> None:
+        """Stop the thread or the worker processes; nothing can be asked of the loader afterwards."""
+        if self._iterator is not None:
+            self._iterator.close()
+            self._iterator = None  # let go of it now: Grain's `__del__` fails when the interpreter shuts down
+
+    def __enter__(self) -> "Loader":
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self.close()
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What the stream depends on, as JSON-able data, for the card and for `check_fingerprint`."""
+        names = ("weights", "heldout", "text", "target", "pack", "buckets", "long", "invalid", "window")
+        settings = {"seed": self._seed, "task": repr(self._task), "tokenizer": self._tokenizer.fingerprint,
+                    "batch.size": self._batch.size, "batch.length": self._batch.length}
+        for name in names:
+            value = getattr(self._data, name)
+            settings[f"data.{name}"] = list(value) if isinstance(value, tuple) else value
+        sources = [{"spec": source.spec, "fingerprint": source.fingerprint, "documents": len(numbers)}
+                   for source, numbers in zip(self._sources, self._documents, strict=True)]
+        return {"split": self._split, "sources": sources, "workers": self._workers, "processes": self._processes,
+                "grain": grain.__version__, "settings": settings}
+
+
+def check_fingerprint(saved: dict[str, Any], now: dict[str, Any]) -> None:
+    """Raise unless a stream with fingerprint `now` continues one with fingerprint `saved`.
+
+    Raises:
+        DataError: names each source, count and setting that differs.
+    """
+    changes = []
+    before, after = ([source["spec"] for source in each["sources"]] for each in (saved, now))
+    if before != after:
+        changes.append(f"the sources were {before}, now {after}")
+    else:
+        changes += [f"source {new['spec']} has other content "
+                    f"({old['documents']} documents before, {new['documents']} now)"
+                    for old, new in zip(saved["sources"], now["sources"], strict=True) if old != new]
+    names = {"split": "the split", "workers": "data.workers", "processes": "the number of processes",
+             "grain": "the version of grain"}
+    old = {**{what: saved[key] for key, what in names.items()}, **saved["settings"]}
+    new = {**{what: now[key] for key, what in names.items()}, **now["settings"]}
+    changes += [f"{name} was {old.get(name)}, now {new.get(name)}"
+                for name in {**old, **new} if old.get(name) != new.get(name)]
+    if changes:
+        raise DataError("the run cannot continue on the same samples: " + "; ".join(changes) + ". Resume with what it "
+                        "began with, or set config.checkpoint.allow_changed_data=True to go on with other samples")

@@ -1,0 +1,84 @@
+"""How good a model is: sums of the loss over held-out rows, and the log-probability of a text token by token."""
+
+import math
+from typing import Any
+
+import jax
+import numpy as np
+
+from llm_jax import losses
+from llm_jax.data.accounting import FIELDS
+from llm_jax.data.pipeline import Loader
+from llm_jax.data.tokenizer import Tokenizer
+from llm_jax.losses import LossFn
+from llm_jax.models.config import ModelConfig
+from llm_jax.models.transformer import apply
+from llm_jax.sharding import put
+from llm_jax.tasks.next_token import document
+
+
+def make_eval_step(loss: LossFn):
+    """(params, batch, reference) -> sums over the batch's tokens, without dropout or smoothing."""
+
+    def eval_step(params: Any, batch: Any, reference: Any) -> dict[str, Any]:
+        found = loss(params, batch, None, reference)
+        return {"total": found.total, "weight": found.weight, **found.metrics}
+
+    return jax.jit(eval_step)
+
+
+def evaluate(eval_step: Any, params: Any, loader: Loader, mesh: jax.sharding.Mesh, reference: Any = None, batches: int = 0) -> dict[str, float]:
+    """Loss a token, perplexity, bits a byte of text and accuracy over the loader's rows (the first `batches`, or all).
+
+    The loader is put back to where it was.
+    """
+    begin = loader.get_state()
+    sums: dict[str, float] = {}
+    text_bytes = 0.0
+    for i, rows in enumerate(loader):
+        if batches and i == batches:
+            break
+        found = eval_step(params, put(rows.batch, mesh), reference or {})
+        text_bytes += rows.account[FIELDS.index("bytes")]
+        for name, value in jax.device_get(found).items():
+            sums[name] = sums.get(name, 0.0) + float(value)
+    loader.set_state(begin)
+    if not sums or not sums["weight"]:
+        return {}
+    weight = sums.pop("weight")
+    loss = sums.pop("total") / weight
+    nll = sums.get("nll", loss * weight)
+    if jax.process_count() > 1:
+        from jax.experimental import multihost_utils
+
+        text_bytes = float(np.sum(multihost_utils.process_allgather(np.float32(text_bytes))))
+    result = {"loss": loss, "perplexity": math.exp(min(loss, 700)), "tokens": weight}
+    if text_bytes:
+        result["bits_per_byte"] = nll / math.log(2) / text_bytes
+    if "correct" in sums:
+        result["accuracy"] = sums["correct"] / weight
+    return result
+
+
+def score(config: ModelConfig, params: Any, tokenizer: Tokenizer, text: str) -> list[tuple[str, float]]:
+    """log p(t_i | t_<i) of each token of the text with its end token, in nats; rows longer than the model are cut in windows.
+
+    A window after the first sees the last half of the one before it.
+    """
+    symbols = document(text, tokenizer)
+    inputs, targets = symbols[:-1], symbols[1:]
+    length = min(config.max_length, max(16, 1 << (len(inputs) - 1).bit_length()))
+
+    @jax.jit
+    def window(params: Any, tokens: Any, targets: Any) -> Any:
+        return losses.log_probabilities(apply(config, params, {"tokens": tokens}, logits=False), targets)
+
+    found: list[float] = []
+    while len(found) < len(targets):
+        start = 0 if not found else max(0, min(len(found) - length // 2, len(targets) - length))
+        row = np.zeros((2, 1, length), np.int32)
+        count = min(length, len(targets) - start)
+        row[0, 0, :count], row[1, 0, :count] = inputs[start: start + count], targets[start: start + count]
+        logs = np.asarray(window(params, row[0], row[1]))[0]
+        found += [float(x) for x in logs[len(found) - start: count]]
+    return [(tokenizer.token(int(t)), p) for t, p in zip(targets, found)]

@@ -1,0 +1,81 @@
+"""How much arithmetic a model asks for, and how much the hardware could do: what utilisation is measured against."""
+
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from llm_jax import tree
+from llm_jax.models import transformer
+from llm_jax.models.config import ModelConfig
+
+PEAK = {
+    "TPU v4": 275e12, "TPU v5 lite": 197e12, "TPU v5e": 197e12, "TPU v5": 459e12, "TPU v5p": 459e12, "TPU v6 lite": 918e12,
+    "TPU v6e": 918e12, "NVIDIA A100": 312e12, "NVIDIA H100": 989e12, "NVIDIA H200": 989e12, "NVIDIA B200": 2250e12,
+    "NVIDIA L4": 121e12, "Tesla V100": 125e12,
+}
+"""Dense bfloat16 operations a second of a device, by the makers' data sheets (V100: float16)."""
+
+
+def forward_flops(config: ModelConfig, shapes: Mapping[str, tuple[int, ...]]) -> float:
+    """2 N a token for the products with weights, and 4 S H E a token and layer for attention, half of it where it is causal.
+
+    `shapes` are those of a batch: (B, S) of `tokens`, (B, U) of `encoder_tokens`, (B, M) of `predict`.
+    """
+    weights = transformer.shapes(config)
+
+    def stack(side: str, skip: tuple[str, ...] = ()) -> float:
+        return sum(tree.size(x) for name, x in zip(tree.names(weights[side]), jax.tree.leaves(weights[side]))
+                   if "norm" not in name and "bias" not in name and not any(s in name for s in skip))
+
+    rows, length = shapes["tokens"]
+    width = config.heads * config.head_size
+    total = 0.0
+    if config.architecture == "encoder":
+        total += rows * length * (2 * stack("encoder") + 4 * config.layers * length * width)
+    if config.architecture == "decoder":
+        total += rows * length * (2 * stack("decoder") + 2 * config.layers * length * width)
+    if config.architecture == "encoder-decoder":
+        source = shapes["encoder_tokens"][1]
+        cross = tree.size([weights["decoder"]["layers"]["cross"][name] for name in ("key", "value")])
+        total += rows * source * (2 * stack("encoder") + 4 * config.layers * source * width + 2 * cross)
+        total += rows * length * (2 * (stack("decoder") - cross) + config.decoder_depth * width * (2 * length + 4 * source))
+    if config.head in ("lm", "mlm"):
+        asked = shapes.get("predict", shapes["tokens"])
+        dense = config.dim**2 if config.head == "mlm" else 0
+        total += 2 * asked[0] * asked[1] * (config.vocab_size * config.dim + dense)
+    return total
+
+
+def train_flops(config: ModelConfig, shapes: Mapping[str, tuple[int, ...]]) -> float:
+    """Three times the forward pass: the backward pass has two products for each of its products."""
+    return 3 * forward_flops(config, shapes)
+
+
+def peak_flops(devices: Any) -> tuple[float, str]:
+    """Operations a second that all the devices could do, and where the figure comes from.
+
+    An accelerator's is its data sheet's; a CPU's is that of a float32 product of 2048-cubes, measured now. Unknown hardware gives 0.
+    """
+    kind = devices[0].device_kind
+    if devices[0].platform == "cpu":
+        return _measured(), "measured float32 matrix product"
+    known = [name for name in PEAK if kind.lower().startswith(name.lower())]
+    if not known:
+        return 0.0, f"unknown device {kind!r}"
+    return PEAK[max(known, key=len)] * len(devices), "data sheet, bfloat16"
+
+
+def _measured(size: int = 2048, repeats: int = 3) -> float:
+    """The best rate of a few products, over all cores."""
+    x = jnp.ones((size, size), jnp.float32)
+    product = jax.jit(lambda a: a @ a)
+    product(x).block_until_ready()
+    best = float("inf")
+    for _ in range(repeats):
+        start = time.perf_counter()
+        product(x).block_until_ready()
+        best = min(best, time.perf_counter() - start)
+    return 2 * size**3 / best

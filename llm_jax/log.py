@@ -1,0 +1,107 @@
+"""What a run says: metrics.jsonl, TensorBoard, a progress bar, and a picture of the curves. Reads nothing but numbers."""
+
+import json
+import logging
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+log = logging.getLogger(__name__)
+
+
+class Metrics:
+    """Writes the metrics of a run as they come; a resumed run continues the files at its step."""
+
+    def __init__(self, folder: Path, start: int, steps: int):
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+        from tensorboardX import SummaryWriter
+
+        self.path = Path(folder) / "metrics.jsonl"
+        keep_until(self.path, start)
+        self._file = self.path.open("a", encoding="utf-8")
+        self._board = SummaryWriter(str(Path(folder) / "tensorboard"), purge_step=start + 1, flush_secs=30)
+        self.console = Console(stderr=True)
+        self._bar = Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[said]}"),
+                             TimeElapsedColumn(), TimeRemainingColumn(), console=self.console, disable=not sys.stderr.isatty())
+        self._task = self._bar.add_task("training", total=steps, completed=start, said="")
+        self._said = 0.0
+        self._bar.start()
+
+    def write(self, step: int, values: dict[str, Any]) -> None:
+        """One object a step, in metrics.jsonl and on the board."""
+        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        self._file.flush()
+        for name, value in values.items():
+            if isinstance(value, (int, float)):
+                self._board.add_scalar(name, value, step)
+
+    def show(self, step: int, values: dict[str, Any]) -> None:
+        """Move the bar; without a terminal a line now and then."""
+        said = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
+        self._bar.update(self._task, completed=step, said=said)
+        if not sys.stderr.isatty() and time.monotonic() - self._said > 10:
+            self._said = time.monotonic()
+            print(f"step {step}  {said}", file=sys.stderr, flush=True)
+
+    def say(self, text: str) -> None:
+        """A line above the bar."""
+        self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+    def close(self) -> None:
+        """Flush and release the files."""
+        self._bar.stop()
+        self._file.close()
+        self._board.close()
+
+
+def keep_until(path: Path, step: int) -> None:
+    """Drop the lines of a metrics file beyond a step, and a last line that was cut short: what was written after the checkpoint."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            entry = json.loads(line)
+        except ValueError:
+            break
+        if entry["step"] > step:
+            break
+        kept.append(line + "\n")
+    fresh = path.with_suffix(".part")
+    fresh.write_text("".join(kept), encoding="utf-8")
+    fresh.replace(path)
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """The objects of a metrics file."""
+    return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
+
+
+def draw_curves(folder: Path) -> Path:
+    """curves.png: training and held-out loss, and the learning rate, over the steps."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    entries = read(Path(folder) / "metrics.jsonl")
+    figure, (top, bottom) = pyplot.subplots(2, 1, figsize=(8, 6), sharex=True, height_ratios=[3, 1], layout="constrained")
+    for name, label, style in (("loss", "training", dict(color="0.6", linewidth=1)), ("eval/loss", "held out", dict(color="C0", marker="o"))):
+        points = [(e["step"], e[name]) for e in entries if name in e]
+        if points:
+            top.plot(*zip(*points), label=label, **style)
+    top.set_ylabel("loss (nats a token)")
+    top.legend(frameon=False)
+    rates = [(e["step"], e["learning_rate"]) for e in entries if "learning_rate" in e]
+    if rates:
+        bottom.plot(*zip(*rates), color="C1")
+    bottom.set_ylabel("learning rate")
+    bottom.set_xlabel("step")
+    for axis in (top, bottom):
+        axis.spines[["top", "right"]].set_visible(False)
+    path = Path(folder) / "curves.png"
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+    return path

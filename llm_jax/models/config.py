@@ -1,0 +1,160 @@
+"""The sizes and choices that define a Transformer of any family. Plain data: no arrays, no flax, no defaults of a family."""
+
+import dataclasses
+
+from llm_jax.errors import ConfigError, choose
+
+ARCHITECTURES = ("encoder", "decoder", "encoder-decoder")
+ACTIVATIONS = ("relu", "gelu", "gelu_tanh", "silu")
+MLPS = ACTIVATIONS + tuple(f"gated_{name}" for name in ACTIVATIONS)
+POSITIONS = ("none", "sinusoidal", "learned", "rotary", "relative")
+HEADS = ("none", "lm", "mlm", "classification", "span")
+REMAT = ("none", "full", "dots")
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """Everything that determines the parameter tree and the forward pass of a Transformer.
+
+    The presets of `llm_jax.models.presets` are points of this space. Letters in comments are those of the array annotations.
+
+    >>> ModelConfig(dim=64, heads=4).head_size
+    16
+    """
+
+    architecture: str = "decoder"
+    """encoder, decoder or encoder-decoder"""
+    vocab_size: int = 32000
+    """V: entries of the embedding table"""
+    max_length: int = 1024
+    """longest row; rows of the table when positions are learned"""
+    layers: int = 6
+    """L: layers of the stack, and of the encoder in an encoder-decoder"""
+    decoder_layers: int = 0
+    """layers of the decoder in an encoder-decoder; 0 for as many as the encoder has"""
+    dim: int = 384
+    """D: width of the residual stream"""
+    heads: int = 6
+    """H: query heads"""
+    kv_heads: int = 0
+    """K: key-value heads, a divisor of heads; 0 for as many as query heads"""
+    head_dim: int = 0
+    """E: size of a head; 0 for dim / heads"""
+    mlp_dim: int = 0
+    """F: width of the hidden layer of the MLP; 0 for 4 * dim"""
+    mlp: str = "gelu_tanh"
+    """relu, gelu, gelu_tanh or silu, each also gated_: act(x W) * (x U)"""
+    norm: str = "layer"
+    """layer or rms"""
+    norm_place: str = "pre"
+    """pre: x + f(norm(x)), with a last norm; post: norm(x + f(x))"""
+    norm_epsilon: float = 1e-5
+    """added to the variance"""
+    positions: str = "rotary"
+    """none, sinusoidal, learned, rotary or relative (buckets of T5)"""
+    rotary_base: float = 10000.0
+    """rotary: base of the wavelengths"""
+    relative_buckets: int = 32
+    """relative: number of buckets of distance"""
+    relative_distance: int = 128
+    """relative: distance from which all share the last bucket"""
+    bias: str = "none"
+    """none, qkv (those three products) or all (every product and, with norm=layer, every norm)"""
+    qk_norm: bool = False
+    """RMS-normalise each head of queries and keys"""
+    attention_scale: bool = True
+    """divide the scores by sqrt(E)"""
+    tie_embeddings: bool = True
+    """the unembedding is the embedding table"""
+    embedding_scale: bool = False
+    """multiply token embeddings by sqrt(D)"""
+    embedding_norm: bool = False
+    """normalise the sum of the embeddings"""
+    logits_scale: bool = False
+    """multiply the last hidden state by 1/sqrt(D) before the unembedding"""
+    logits_bias: bool = False
+    """add a learned bias to the logits"""
+    token_types: int = 0
+    """entries of the token-type table"""
+    head: str = "lm"
+    """none, lm, mlm, classification or span"""
+    pooler: str = "none"
+    """none, tanh or relu: a dense layer over the first token"""
+    labels: int = 2
+    """classes of the classification head"""
+    patch_size: int = 0
+    """pixels along a side of a patch; 0 for no images"""
+    image_size: int = 224
+    """pixels along a side of an image"""
+    dropout: float = 0.0
+    """rate on embeddings, attention weights and branch outputs while training"""
+    dtype: str = "auto"
+    """dtype of the computation: auto is bfloat16 on TPU and GPU, float32 on CPU"""
+    remat: str = "none"
+    """what the backward pass recomputes: none, full (each layer) or dots (all but matrix products)"""
+
+    def __post_init__(self):
+        choose("architecture", self.architecture, ARCHITECTURES)
+        choose("mlp", self.mlp, MLPS)
+        choose("norm", self.norm, ("layer", "rms"))
+        choose("norm_place", self.norm_place, ("pre", "post"))
+        choose("positions", self.positions, POSITIONS)
+        choose("bias", self.bias, ("none", "qkv", "all"))
+        choose("head", self.head, HEADS)
+        choose("pooler", self.pooler, ("none", "tanh", "relu"))
+        choose("dtype", self.dtype, ("auto", "float32", "bfloat16"))
+        choose("remat", self.remat, REMAT)
+        for name in ("vocab_size", "max_length", "layers", "dim", "heads", "labels", "image_size"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"model.{name} is {getattr(self, name)}: it must be at least 1")
+        for name in ("decoder_layers", "kv_heads", "head_dim", "mlp_dim", "token_types", "patch_size"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"model.{name} is {getattr(self, name)}: it must not be negative")
+        if not self.head_dim and self.dim % self.heads:
+            raise ConfigError(f"model.dim {self.dim} is not a multiple of model.heads {self.heads}; or set model.head_dim")
+        if self.heads % self.kv_size:
+            raise ConfigError(f"model.heads {self.heads} is not a multiple of model.kv_heads {self.kv_heads}")
+        if self.positions == "rotary" and self.head_size % 2:
+            raise ConfigError(f"rotary positions need an even head size, not {self.head_size}")
+        if self.positions == "sinusoidal" and self.dim % 2:
+            raise ConfigError(f"sinusoidal positions need an even model.dim, not {self.dim}")
+        if not 0 <= self.dropout < 1:
+            raise ConfigError(f"model.dropout is {self.dropout}: it must lie in [0, 1)")
+        if self.patch_size and self.image_size % self.patch_size:
+            raise ConfigError(f"model.image_size {self.image_size} is not a multiple of model.patch_size {self.patch_size}")
+        if self.head == "mlm" and self.architecture != "encoder":
+            raise ConfigError(f"the mlm head is for an encoder, not for a {self.architecture}")
+
+    @property
+    def head_size(self) -> int:
+        """E: the size of a head."""
+        return self.head_dim or self.dim // self.heads
+
+    @property
+    def kv_size(self) -> int:
+        """K: the number of key-value heads."""
+        return self.kv_heads or self.heads
+
+    @property
+    def mlp_size(self) -> int:
+        """F: the width of the hidden layer of the MLP."""
+        return self.mlp_dim or 4 * self.dim
+
+    @property
+    def decoder_depth(self) -> int:
+        """The number of layers of the decoder; 0 in an encoder."""
+        return {"encoder": 0, "decoder": self.layers, "encoder-decoder": self.decoder_layers or self.layers}[self.architecture]
+
+    @property
+    def encoder_depth(self) -> int:
+        """The number of layers of the encoder; 0 in a decoder."""
+        return 0 if self.architecture == "decoder" else self.layers
+
+    @property
+    def patches(self) -> int:
+        """The number of patches of an image; 0 for a model of text."""
+        return (self.image_size // self.patch_size) ** 2 if self.patch_size else 0
+
+    def replace(self, **changes) -> "ModelConfig":
+        """A copy with other values."""
+        return dataclasses.replace(self, **changes)

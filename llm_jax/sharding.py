@@ -1,0 +1,141 @@
+"""Where arrays live: the one mesh, the one table from logical axis names to mesh axes, and the shardings made of them.
+
+The mesh has Auto axes with constraints at layer boundaries. Explicit axes were tried: Muon, Prodigy, D-Adaptation and GaLore of optax
+contract or decompose sharded weights and are rejected by the type checker of shardings (`benchmarks/explicit_axes.py`).
+`jax.jit` with these shardings is what was once called pjit.
+"""
+
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from llm_jax import config, tree
+from llm_jax.errors import ConfigError
+
+AXES = ("data", "fsdp", "tensor", "context")
+
+RULES: dict[str, tuple[str, ...]] = {
+    "batch": ("data", "fsdp"),
+    "length": ("context",),
+    "vocab": ("tensor",),
+    "embed": ("fsdp",),
+    "heads": ("tensor",),
+    "kv": ("tensor",),
+    "mlp": ("tensor",),
+    "head_size": (),
+    "layers": (),
+    "hidden": (),
+    "positions": (),
+    "types": (),
+    "labels": (),
+    "buckets": (),
+    "pixels": (),
+}
+"""Logical axis of an array -> mesh axes it is split over."""
+
+
+def make_mesh(sizes: config.Mesh = config.Mesh(), devices: Any = None) -> jax.sharding.Mesh:
+    """The mesh of the given sizes over all devices (or those given); an axis of -1 takes what the others leave.
+
+    Raises:
+        ConfigError: the sizes do not multiply to the number of devices.
+    """
+    devices = jax.devices() if devices is None else devices
+    wanted = [getattr(sizes, axis) for axis in AXES]
+    known = int(np.prod([n for n in wanted if n > 0]))
+    if len(devices) % known or (-1 not in wanted and known != len(devices)):
+        named = ", ".join(f"{axis}={n}" for axis, n in zip(AXES, wanted))
+        raise ConfigError(f"mesh ({named}) does not divide the {len(devices)} devices: its sizes multiply to {known}")
+    shape = tuple(len(devices) // known if n == -1 else n for n in wanted)
+    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+
+
+def spec(names: tuple[str | None, ...]) -> PartitionSpec:
+    """The mesh axes of an array whose axes have these logical names; a mesh axis is used once, by the first that claims it.
+
+    >>> spec(("batch", "length", None))
+    PartitionSpec(('data', 'fsdp'), 'context', None)
+    """
+    used: set[str] = set()
+    parts: list[Any] = []
+    for name in names:
+        axes = tuple(a for a in RULES[name] if a not in used) if name is not None else ()
+        used.update(axes)
+        parts.append(axes[0] if len(axes) == 1 else axes or None)
+    return PartitionSpec(*parts)
+
+
+def fitted_spec(mesh: Any, names: tuple[str | None, ...], shape: tuple[int, ...]) -> PartitionSpec:
+    """The mesh axes of an array with logical axes `names`; an axis that its mesh axes do not divide is replicated."""
+    parts = []
+    for part, size in zip(spec(names), shape):
+        axes = (part,) if isinstance(part, str) else part or ()
+        parts.append(part if size % int(np.prod([mesh.shape[a] for a in axes])) == 0 else None)
+    return PartitionSpec(*parts)
+
+
+def fitted(mesh: jax.sharding.Mesh, names: tuple[str | None, ...], shape: tuple[int, ...]) -> NamedSharding:
+    """The sharding by `fitted_spec` on a mesh."""
+    return NamedSharding(mesh, fitted_spec(mesh, names, shape))
+
+
+def params_shardings(mesh: jax.sharding.Mesh, axes: Any, shapes: Any) -> Any:
+    """The sharding of each parameter, from the tree of logical names and the tree of shapes."""
+    return jax.tree.map(lambda x, names: fitted(mesh, names, x.shape), shapes, axes)
+
+
+def state_shardings(mesh: jax.sharding.Mesh, state: Any, params: Any) -> Any:
+    """The sharding of each array of a train state: those of the params, and for a moment that of the parameter whose path ends its own.
+
+    What no parameter's path and shape explain, such as counters and factored moments, is replicated.
+    """
+    known = {name: (x.shape, s) for name, x, s in zip(tree.names(state.params), jax.tree.leaves(state.params), jax.tree.leaves(params))}
+
+    def one(name: str, x: Any) -> NamedSharding:
+        parts = name.split("/")
+        for i in range(len(parts)):
+            shape, found = known.get("/".join(parts[i:]), (None, None))
+            if shape == x.shape:
+                return found
+        return replicated(mesh)
+
+    return tree.map_with_name(one, state)
+
+
+def check_batch(mesh: jax.sharding.Mesh, rows: int, length: int) -> None:
+    """Raise unless rows and length split evenly over the mesh.
+
+    Raises:
+        ConfigError: naming the axes that do not divide.
+    """
+    over = mesh.shape["data"] * mesh.shape["fsdp"]
+    if rows % over:
+        raise ConfigError(f"{rows} rows do not divide over the {over} devices of mesh axes data and fsdp")
+    if length % mesh.shape["context"]:
+        raise ConfigError(f"rows of {length} tokens do not divide over the {mesh.shape['context']} devices of mesh axis context")
+
+
+def batch_sharding(mesh: jax.sharding.Mesh, shape: tuple[int, ...]) -> NamedSharding:
+    """Rows (the first axis) over data and fsdp, tokens (the second) over context, where they divide."""
+    names = ("batch", "length", *(None,) * len(shape))[: len(shape)]
+    return fitted(mesh, names, shape)
+
+
+def constrain(x: jax.Array, *names: str | None) -> jax.Array:
+    """`x`, laid out over the current mesh by its logical axis names; `x` itself where no mesh is set."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return x
+    return jax.lax.with_sharding_constraint(x, fitted_spec(mesh, names, x.shape))
+
+
+def replicated(mesh: jax.sharding.Mesh) -> NamedSharding:
+    """The sharding of an array that each device holds whole."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def put(batch: dict[str, np.ndarray], mesh: jax.sharding.Mesh) -> dict[str, jax.Array]:
+    """This process's rows of a batch as global arrays over the mesh."""
+    return {name: jax.make_array_from_process_local_data(batch_sharding(mesh, x.shape), x) for name, x in batch.items()}

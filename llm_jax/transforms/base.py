@@ -1,0 +1,75 @@
+"""The one kind of change: a record of five pure functions, each the identity unless given, and their composition."""
+
+from typing import Any, NamedTuple, Protocol
+
+import optax
+from jaxtyping import Array
+
+from llm_jax.losses import GradFn, LossFn
+from llm_jax.models.config import ModelConfig
+from llm_jax.models.transformer import Params
+
+
+class _ConfigChange(Protocol):
+    def __call__(self, config: ModelConfig, /) -> ModelConfig: ...
+
+
+class _ParamsChange(Protocol):
+    def __call__(self, config: ModelConfig, params: Params, key: Array, aux: Any, /) -> Params: ...
+
+
+class _LossChange(Protocol):
+    def __call__(self, loss: LossFn, /) -> LossFn: ...
+
+
+class _GradChange(Protocol):
+    def __call__(self, grad: GradFn, /) -> GradFn: ...
+
+
+class _UpdateChange(Protocol):
+    def __call__(self, update: optax.GradientTransformation, /) -> optax.GradientTransformation: ...
+
+
+class Transform(NamedTuple):
+    """What a change does to the sizes, the weights, the objective, what is differentiated, and the update.
+
+    `params` is jitted with the config (the one before the change) as a static argument; `aux` is what it may need beside the model,
+    such as a calibration batch.
+    """
+
+    config: _ConfigChange = lambda config: config
+    params: _ParamsChange = lambda config, params, key, aux: params
+    loss: _LossChange = lambda loss: loss
+    grad: _GradChange = lambda grad: grad
+    update: _UpdateChange = lambda update: update
+
+
+IDENTITY = Transform()
+
+
+def chain(*transforms: Transform) -> Transform:
+    """The transform that applies each in turn; of loss, grad and update the last is outermost. Associative, with `IDENTITY` neutral.
+
+    Each member sees the config that those before it made, and the same key and aux.
+    """
+
+    def config(sizes: ModelConfig) -> ModelConfig:
+        for transform in transforms:
+            sizes = transform.config(sizes)
+        return sizes
+
+    def params(sizes: ModelConfig, weights: Params, key: Array, aux: Any) -> Params:
+        for transform in transforms:
+            weights = transform.params(sizes, weights, key, aux)
+            sizes = transform.config(sizes)
+        return weights
+
+    def wrap(name: str):
+        def wrapped(function: Any) -> Any:
+            for transform in transforms:
+                function = getattr(transform, name)(function)
+            return function
+
+        return wrapped
+
+    return Transform(config, params, wrap("loss"), wrap("grad"), wrap("update"))

@@ -1,0 +1,41 @@
+"""Freezing: parameters that are read but not trained, at the cost of neither gradient nor moments."""
+
+from collections.abc import Sequence
+
+import optax
+
+from llm_jax import tree
+from llm_jax.losses import GradFn
+from llm_jax.transforms.base import IDENTITY, Transform
+
+
+def freeze(regexes: Sequence[str]) -> Transform:
+    """Parameters whose path a regex matches are split off before differentiation and keep their values bit for bit.
+
+    Raises:
+        ConfigError: a regex that matches no parameter, or nothing is left to train.
+    """
+    if not regexes:
+        return IDENTITY
+
+    def trained(params):
+        chosen = tree.mask(params, regexes, "optimizer.freeze")
+        return tree.split(params, tree.negate(chosen))
+
+    def grad(inner: GradFn) -> GradFn:
+        def partial(params, batch, key, reference):
+            live, fixed = trained(params)
+            held = reference.get("frozen")
+            return inner(live, batch, key, {**reference, "frozen": fixed if held is None else tree.merge(fixed, held)})
+
+        return partial
+
+    def update(inner: optax.GradientTransformation) -> optax.GradientTransformation:
+        inner = optax.with_extra_args_support(inner)
+
+        def step(updates, state, params=None, **extra):
+            return inner.update(updates, state, None if params is None else trained(params)[0], **extra)
+
+        return optax.GradientTransformationExtraArgs(lambda params: inner.init(trained(params)[0]), step)
+
+    return Transform(grad=grad, update=update)
