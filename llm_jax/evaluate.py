@@ -1,15 +1,19 @@
 """How good a model is: sums of the loss over held-out rows, and the log-probability of a text token by token."""
 
+import dataclasses
 import math
+from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
-from llm_jax import losses
+from llm_jax import checkpoint, config, losses, model, sharding, tasks
 from llm_jax.data.accounting import FIELDS
+from llm_jax.data.documents import open_sources
 from llm_jax.data.pipeline import Loader
 from llm_jax.data.tokenizer import Tokenizer
+from llm_jax.errors import CheckpointError
 from llm_jax.losses import LossFn
 from llm_jax.models.config import ModelConfig
 from llm_jax.models.transformer import apply
@@ -60,18 +64,18 @@ def evaluate(eval_step: Any, params: Any, loader: Loader, mesh: jax.sharding.Mes
     return result
 
 
-def score(config: ModelConfig, params: Any, tokenizer: Tokenizer, text: str) -> list[tuple[str, float]]:
+def score(sizes: ModelConfig, params: Any, tokenizer: Tokenizer, text: str) -> list[tuple[str, float]]:
     """log p(t_i | t_<i) of each token of the text with its end token, in nats; rows longer than the model are cut in windows.
 
     A window after the first sees the last half of the one before it.
     """
     symbols = document(text, tokenizer)
     inputs, targets = symbols[:-1], symbols[1:]
-    length = min(config.max_length, max(16, 1 << (len(inputs) - 1).bit_length()))
+    length = min(sizes.max_length, max(16, 1 << (len(inputs) - 1).bit_length()))
 
     @jax.jit
     def window(params: Any, tokens: Any, targets: Any) -> Any:
-        return losses.log_probabilities(apply(config, params, {"tokens": tokens}, logits=False), targets)
+        return losses.log_probabilities(apply(sizes, params, {"tokens": tokens}, logits=False), targets)
 
     found: list[float] = []
     while len(found) < len(targets):
@@ -82,3 +86,31 @@ def score(config: ModelConfig, params: Any, tokenizer: Tokenizer, text: str) -> 
         logs = np.asarray(window(params, row[0], row[1]))[0]
         found += [float(x) for x in logs[len(found) - start: count]]
     return [(tokenizer.token(int(t)), p) for t, p in zip(targets, found)]
+
+
+def evaluate_checkpoint(path: str, sources: tuple[str, ...] = (), length: int = 0, rows: int = 0) -> dict[str, float]:
+    """The `evaluate` figures of a checkpoint's task: on the documents its run held out, or on all documents of other sources.
+
+    Raises:
+        UserError: no checkpoint, no run's config in its card, or sources that cannot be read.
+    """
+    card = checkpoint.read_card(Path(path))
+    if "config" not in card:
+        raise CheckpointError(f"the card of {path} names no run, so its task is not known")
+    loaded = model.load(path)
+    if loaded.tokenizer is None:
+        raise CheckpointError(f"checkpoint {path} has no tokenizer")
+    saved = card["config"]
+    task = tasks.from_dict(saved["task"])
+    plain = {name: tuple(map(_tuple, x)) if isinstance(x, list) else x for name, x in saved["data"].items()}
+    data = config.Data(**plain)
+    if sources:
+        data = dataclasses.replace(data, heldout_sources=sources)
+    batch = config.Batch(size=rows or saved["batch"]["size"], length=length or saved["batch"]["length"])
+    mesh = sharding.make_mesh()
+    with Loader(open_sources(data, "heldout"), loaded.tokenizer, task, data, batch, 0, "heldout") as loader, jax.set_mesh(mesh):
+        return evaluate(make_eval_step(task.loss(loaded.config)), loaded.params, loader, mesh)
+
+
+def _tuple(x: Any) -> Any:
+    return tuple(x) if isinstance(x, list) else x

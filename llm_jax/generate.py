@@ -100,14 +100,15 @@ def _prefill(config: ModelConfig, params: Any, batch: dict[str, Array], slots: i
     return _Going(outputs.cache, outputs.logits[:, 0], lengths, seen, jnp.zeros(rows, bool), jnp.zeros((), jnp.int32))
 
 
-@functools.partial(jax.jit, static_argnums=(0, 3, 5), donate_argnums=2)
-def _decode(config: ModelConfig, params: Any, going: _Going, sampling: Sampling, key: Array, count: int, end: Array) -> tuple[_Going, Array]:
-    """Up to `count` more tokens of each row, (count, B); rows that are done repeat `end`."""
+@functools.partial(jax.jit, static_argnums=(0, 3, 5, 6), donate_argnums=2)
+def _decode(config: ModelConfig, params: Any, going: _Going, sampling: Sampling, key: Array, count: int, known: int, end: Array) -> tuple[_Going, Array]:
+    """Up to `count` more tokens below `known` of each row, (count, B); rows that are done repeat `end`."""
     rows = going.done.shape[0]
+    named = jnp.arange(config.vocab_size) < known
 
     def one(carry: tuple[_Going, Array, Array]) -> tuple[_Going, Array, Array]:
         going, made, i = carry
-        token = jnp.where(going.done, end, choose_token(going.logits, going.seen, sampling, key, going.step))
+        token = jnp.where(going.done, end, choose_token(jnp.where(named, going.logits, -jnp.inf), going.seen, sampling, key, going.step))
         done = going.done | (token == end)
         outputs = transformer.apply(config, params, {"tokens": token[:, None], "positions": going.positions[:, None]}, cache=going.cache)
         seen = going.seen.at[jnp.arange(rows), token].set(True)
@@ -174,7 +175,7 @@ def stream(config: ModelConfig, params: Any, tokenizer: Tokenizer, prompts: Sequ
     stopped = [False] * len(prompts)
     texts = [""] * len(prompts)
     for i in range(chunks):
-        going, more = _decode(config, params, going, sampling, key, chunk, jnp.int32(end))
+        going, more = _decode(config, params, going, sampling, key, chunk, tokenizer.vocab_size, jnp.int32(end))
         made = np.concatenate([made, np.asarray(more)])[:max_new_tokens]
         last = i + 1 == chunks or bool(np.all(going.done))
         for row in range(len(prompts)):

@@ -53,7 +53,7 @@ def locked(path: Path) -> Iterator[None]:
     """Hold `path`.lock while inside, so that of several processes one makes the file and the others wait for it."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        file = open(path.parent / f"{path.name}.lock", "w")
+        file = (path.parent / f"{path.name}.lock").open("w")
     except OSError as e:
         raise DataError(
             f"cannot write to the cache folder {files.cache_folder()} ({e}): set LLM_JAX_CACHE to another"
@@ -118,7 +118,7 @@ def _download(kind: str, name: str, version: str, sha256: str, folder: Path) -> 
     environment = {**os.environ, "LLM_JAX_NAME": name, "LLM_JAX_VERSION": version}
     if kind == "sdist":
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, (str(folder), os.environ.get("PYTHONPATH"))))
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     archives = sorted(out.glob("*")) if out.is_dir() else []
     if done.returncode or len(archives) != 1:
         raise DataError(_explain(f"{name}=={version}", done.stderr))
@@ -189,8 +189,7 @@ class Contents:
 @contextlib.contextmanager
 def open_archive(path: Path) -> Iterator[Contents]:
     """The contents of a wheel or of an sdist."""
-    opened = zipfile.ZipFile(path) if path.suffix in (".whl", ".zip") else tarfile.open(path)
-    with opened:
+    with zipfile.ZipFile(path) if path.suffix in (".whl", ".zip") else tarfile.open(path) as opened:
         yield Contents(opened, path.name)
 
 

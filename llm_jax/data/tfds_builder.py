@@ -61,7 +61,7 @@ def _counted(
     counts[split] = 0
     for index, record in enumerate(records):
         if set(record) != fields:
-            odd = sorted(set(record) ^ fields)[0]
+            odd = min(set(record) ^ fields)
             what = (
                 f"no field {odd!r}{suggest(odd, record)}"
                 if odd in fields

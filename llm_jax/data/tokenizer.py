@@ -101,12 +101,20 @@ class Tokenizer:
 
     def decode(self, ids: Iterable[int], skip_special: bool = False) -> str:
         """The text of the ids; special tokens by their names, or left out."""
-        known = self._marked
-        values = np.asarray(list(ids) if not isinstance(ids, np.ndarray) else ids).reshape(-1).tolist()
+        values = np.asarray(ids if hasattr(ids, "__array__") else list(ids)).reshape(-1).tolist()
         wrong = [i for i in values if not 0 <= i < self.vocab_size]
         if wrong:
             raise DataError(f"token id {wrong[0]} is not in the vocabulary of {self.vocab_size}")
-        return known.decode(values, skip_special_tokens=skip_special)
+        return self._marked.decode(values, skip_special_tokens=skip_special)
+
+    def id(self, token: str) -> int | None:
+        """The id of a token by its name, None if there is no such token."""
+        return self._marked.token_to_id(token)
+
+    def token(self, index: int) -> str:
+        """The text of one id; the name in the vocabulary where the bytes of the id are no whole character."""
+        text = self._marked.decode([index], skip_special_tokens=False)
+        return text if text and "\ufffd" not in text else str(self._marked.id_to_token(index))
 
     @functools.cached_property
     def vocab_size(self) -> int:
@@ -279,4 +287,7 @@ def _load_vocab_txt(path: Path, config: dict[str, Any]) -> Tokenizer:
     definition = vocabulary.bert_definition(
         {token: i for i, token in enumerate(tokens)}, lowercase=config.get("do_lower_case", not cased)
     )
-    return _checked(definition, config or vocabulary.BERT_CONFIG, str(path))
+    usual = {
+        role: name for role, name in vocabulary.BERT_CONFIG.items() if not role.endswith("_token") or name in tokens
+    }
+    return _checked(definition, config or usual, str(path))
