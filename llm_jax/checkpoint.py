@@ -1,7 +1,8 @@
 """Checkpoints: complete or absent, written in the background, verified when read. The only module that knows Orbax.
 
-A checkpoint is a folder with `params/` (the weights alone, so that a model loads without its optimizer), `state/` (the rest of the train
-state) and `about/`: `card.json`, `tokenizer.json` and `data.json`, the place in the data.
+A checkpoint is a folder with `params/` (the weights that are evaluated, so that a model loads without its optimizer), `state/` (the rest
+of the train state) and `about/`: `card.json`, `arrays.json` (types and shapes), `tokenizer.json`, `data.json` (the place in the data) and
+their `SHA256SUMS`. Arrays are verified by the hashes in the card.
 """
 
 import asyncio
@@ -10,27 +11,29 @@ import errno
 import hashlib
 import json
 import logging
+import math
 import shutil
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
-from jaxtyping import Array
 from orbax.checkpoint import v1 as ocp
 
 from llm_jax import tree
+from llm_jax.card import Card, content_hash
 from llm_jax.config import Checkpoint
-from llm_jax.errors import CheckpointError
+from llm_jax.errors import CheckpointError, UserError
 
 log = logging.getLogger(__name__)
 
-Card = dict[str, Any]
+SUMS = "SHA256SUMS"
+"""The file with the checksums of the text files, as `sha256sum --check` reads it."""
 
 
 class _Files:
-    """Small text files of a checkpoint, in the interface by which Orbax saves and loads what is no array."""
+    """Small text files of a checkpoint, in the interface by which Orbax saves what is no array."""
 
     def __init__(self, files: dict[str, str]):
         self.files = files
@@ -47,39 +50,7 @@ class _Files:
         return write()
 
     async def load(self, directory: Any):
-        async def read():
-            self.files = {file.name: file.read_text(encoding="utf-8") for file in Path(directory).iterdir()}
-
-        return read()
-
-
-@jax.jit
-def _leaf_hashes(leaves: list[Array]) -> list[Array]:
-    """Two 32-bit sums of each leaf's words mixed with their index: whole-number arithmetic, the same on any mesh."""
-    def one(x: Array) -> Array:
-        if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
-            x = jax.random.key_data(x)
-        if x.dtype == jnp.bool_:
-            x = x.astype(jnp.uint8)
-        words = jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * min(4, x.dtype.itemsize)}")).astype(jnp.uint32)
-        index = jnp.zeros(words.shape, jnp.uint32)
-        for axis, size in enumerate(words.shape):
-            index = index * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, words.shape, axis)
-        mixed = (words ^ (index * jnp.uint32(0x9E3779B1))) * jnp.uint32(0x85EBCA6B)
-        mixed = mixed ^ (mixed >> 15)
-        return jnp.stack([jnp.sum(mixed, dtype=jnp.uint32), jnp.sum(mixed * (2 * index + 1), dtype=jnp.uint32)])
-
-    return [one(x) for x in leaves]
-
-
-def content_hash(params: Any) -> str:
-    """A fingerprint of the names, shapes, dtypes and bits of a tree, independent of how it is laid out over devices."""
-    leaves = jax.tree_util.tree_leaves_with_path(params)
-    sums = jax.device_get(_leaf_hashes([x for _, x in leaves]))
-    digest = hashlib.sha256()
-    for (path, x), pair in zip(leaves, sums):
-        digest.update(f"{tree.path_name(path)} {x.dtype} {x.shape} {pair[0]:08x} {pair[1]:08x}\n".encode())
-    return digest.hexdigest()
+        raise NotImplementedError  # `_texts` reads them; Orbax asks that there be such a method
 
 
 def is_full(error: BaseException | None) -> bool:
@@ -91,30 +62,54 @@ def is_full(error: BaseException | None) -> bool:
     return False
 
 
-def _mismatch(saved: Any, wanted: Any) -> str:
-    """The first difference between the shapes in a checkpoint and those asked for; empty if there is none."""
-    found = {tree.path_name(p): tuple(x.shape) for p, x in jax.tree_util.tree_leaves_with_path(saved) if hasattr(x, "shape")}
-    asked = {tree.path_name(p): tuple(x.shape) for p, x in jax.tree_util.tree_leaves_with_path(wanted)}
-    for name, shape in asked.items():
-        if name not in found:
-            return f"it has no {name!r} {shape}"
-        if found[name] != shape:
-            return f"{name!r} is {found[name]} there and {shape} in this config"
-    extra = sorted(set(found) - set(asked))
-    return f"{extra[0]!r} {found[extra[0]]} of it is not in this config" if extra else ""
+def _described(arrays: Any) -> dict[str, str]:
+    """The type and shape of each array of a tree by its path.
+
+    >>> _described({"a": {"b": jax.ShapeDtypeStruct((2, 3), "int8")}})
+    {'a/b': 'int8[2,3]'}
+    """
+    return {name: f"{x.dtype}[{','.join(map(str, x.shape))}]" for name, x in zip(tree.names(arrays), jax.tree.leaves(arrays))}
 
 
-def _load(path: Path, wanted: dict[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
+def _mismatch(saved: dict[str, str], wanted: dict[str, str]) -> str:
+    """The first difference between the arrays in a checkpoint and those asked for; empty if there is none."""
+    for name in (*wanted, *saved):
+        if name not in saved:
+            return f"it has no {name!r} {wanted[name]}"
+        if name not in wanted:
+            return f"{name!r} {saved[name]} of it is not in this config"
+        if saved[name] != wanted[name]:
+            return f"{name!r} is {saved[name]} there and {wanted[name]} in this config"
+    return ""
+
+
+def _texts(path: Path) -> dict[str, str]:
+    """The text files of a checkpoint. Raises OSError or ValueError when one is missing or not what was written."""
+    folder = path / "about"
+    found = {}
+    for line in (folder / SUMS).read_text(encoding="utf-8").splitlines():
+        digest, _, name = line.partition("  ")
+        content = (folder / name).read_bytes()
+        if hashlib.sha256(content).hexdigest() != digest:
+            raise ValueError(f"about/{name} is not what was written")
+        found[name] = content.decode()
+    if "card.json" not in found:
+        raise ValueError("it has no card")
+    return found
+
+
+def _load(path: Path, wanted: dict[str, Any], check: Callable[[Card], None] | None = None) -> tuple[dict[str, Any], dict[str, str]]:
     """The arrays asked for and the text files of a checkpoint; what cannot be read raises what the library raises."""
-    about = _Files({})
-    metadata = ocp.checkpointables_metadata(path).metadata
+    files = _texts(path)
+    card = json.loads(files["card.json"])
+    if check is not None:
+        check(card)
+    arrays = json.loads(files["arrays.json"])
     for name, abstract in wanted.items():
-        different = _mismatch(metadata[name], abstract)
+        different = _mismatch(arrays[name], _described(abstract))
         if different:
             raise CheckpointError(f"checkpoint {path} is of another shape: {different}")
-    loaded = ocp.load_checkpointables(path, {**wanted, "about": about})
-    files = {file.name: file.read_text(encoding="utf-8") for file in (path / "about").iterdir()}
-    card = json.loads(files["card.json"])
+    loaded = ocp.load_checkpointables(path, wanted)
     for name in wanted:
         if content_hash(loaded[name]) != card["hashes"][name]:
             raise ValueError(f"the bits of {name!r} are not those that were saved")
@@ -134,24 +129,34 @@ def find(path: Path) -> Path:
         CheckpointError: there is none.
     """
     path = Path(path).absolute()
-    if (path / "about" / "card.json").is_file():
+    if (path / "about").is_dir():
         return path
     for step in reversed(steps(path)):
-        if (path / "checkpoints" / str(step) / "about" / "card.json").is_file():
+        if (path / "checkpoints" / str(step) / "about").is_dir():
             return path / "checkpoints" / str(step)
     raise CheckpointError(f"no checkpoint in {path}" if path.exists() else f"no such file or folder: {path}")
 
 
-def read_card(path: Path) -> Card:
-    """The card of a checkpoint. Raises CheckpointError when it is missing or no JSON."""
+def read_texts(path: Path) -> dict[str, str]:
+    """The text files of a checkpoint by name, verified: card.json, tokenizer.json, data.json.
+
+    Raises:
+        CheckpointError: missing or damaged.
+    """
+    path = find(path)
     try:
-        return json.loads((find(path) / "about" / "card.json").read_text(encoding="utf-8"))
-    except ValueError as e:
-        raise CheckpointError(f"the card of {path} cannot be read: {e}") from e
+        return _texts(path)
+    except (OSError, ValueError) as e:
+        raise CheckpointError(f"checkpoint {path} is damaged: {_reason(e)}") from e
 
 
-def load_params(path: Path, abstract: Any) -> tuple[Any, dict[str, str]]:
-    """The weights of a checkpoint, laid out as `abstract` says, and its text files.
+def read_card(path: Path) -> Card:
+    """The card of a checkpoint. Raises CheckpointError when it is missing or damaged."""
+    return json.loads(read_texts(path)["card.json"])
+
+
+def load_params(path: Path, abstract: Any) -> tuple[Any, Card, str | None]:
+    """The weights of a checkpoint, laid out as `abstract` says, its card and its tokenizer.
 
     Raises:
         CheckpointError: missing, damaged, or of another shape.
@@ -159,28 +164,33 @@ def load_params(path: Path, abstract: Any) -> tuple[Any, dict[str, str]]:
     path = find(path)
     try:
         loaded, files = _load(path, {"params": abstract})
-    except CheckpointError:
+    except UserError:
         raise
     except Exception as e:  # Orbax raises many kinds; for the user it is one
         raise CheckpointError(f"checkpoint {path} is damaged: {_reason(e)}") from e
-    return loaded["params"], files
+    return loaded["params"], json.loads(files["card.json"]), files.get("tokenizer.json")
 
 
 def save_params(path: Path, params: Any, card: Card, tokenizer: str | None = None) -> None:
     """Write a checkpoint of the weights alone, with its card. Raises CheckpointError when `path` exists or the disk is full."""
     path = Path(path).absolute()
-    if path.exists() and any(path.iterdir()):
+    if path.is_file() or (path.is_dir() and any(path.iterdir())):
         raise CheckpointError(f"{path} exists already")
     try:
         ocp.save_checkpointables(path, {"params": params, "about": _about(card, {"params": params}, tokenizer, None)}, overwrite=True)
     except Exception as e:
+        _remove_unfinished(path.parent, path.name)
         raise _failed(e, path) from e
 
 
 def _about(card: Card, arrays: dict[str, Any], tokenizer: str | None, data: Any) -> _Files:
     card = {**card, "hashes": {name: content_hash(x) for name, x in arrays.items()}}
-    files = {"card.json": json.dumps(card, indent=1), "tokenizer.json": tokenizer, "data.json": None if data is None else json.dumps(data)}
-    return _Files({name: text for name, text in files.items() if text is not None})
+    described = {name: _described(x) for name, x in arrays.items()}
+    files = {"card.json": json.dumps(card, indent=1), "arrays.json": json.dumps(described, indent=1), "tokenizer.json": tokenizer,
+             "data.json": None if data is None else json.dumps(data)}
+    kept = {name: text for name, text in files.items() if text is not None}
+    sums = "".join(f"{hashlib.sha256(text.encode()).hexdigest()}  {name}\n" for name, text in kept.items())
+    return _Files({**kept, SUMS: sums})
 
 
 def _reason(error: BaseException) -> str:
@@ -196,16 +206,21 @@ def _failed(error: BaseException, where: Path) -> CheckpointError:
     return CheckpointError(f"writing {where} failed: {_reason(error)}")
 
 
+def _remove_unfinished(folder: Path, name: str = "") -> None:
+    """Remove what saves and removals that were cut short left in a folder."""
+    for pattern in (f"{name}*orbax-checkpoint-tmp*", f"{name}*.removing*"):
+        for path in folder.glob(pattern):
+            shutil.rmtree(path, ignore_errors=True)
+
+
 @dataclasses.dataclass(frozen=True)
 class Restored:
     """A checkpoint of a run: its arrays, its place in the data, its card."""
 
-    step: int
     params: Any
     state: Any
     data: Any
     card: Card
-    tokenizer: str | None
 
 
 class Checkpoints:
@@ -214,75 +229,101 @@ class Checkpoints:
     def __init__(self, folder: Path, settings: Checkpoint):
         self.root = Path(folder).absolute() / "checkpoints"
         self.settings = settings
-        self._manager: ocp.training.Checkpointer | None = None
+        self._background = ThreadPoolExecutor(1, "checkpoint")
+        self._saving: Future[None] | None = None
+        if jax.process_index() == 0:
+            _remove_unfinished(self.root)
 
-    def restore(self, params: Any, state: Any) -> Restored | None:
-        """The newest checkpoint that can be read, None if there is none; damaged ones are set aside with a warning.
+    def restore(self, params: Any, state: Any, check: Callable[[Card], None] | None = None) -> Restored | None:
+        """The newest checkpoint that can be read, None if there is none; damaged newer ones are set aside with a warning.
+
+        Args:
+            params, state: shapes, dtypes and shardings, see `abstract_like`.
+            check: raises if a run with this card is not to be continued.
 
         Raises:
-            CheckpointError: its shapes are not those of the config.
+            CheckpointError: its shapes are not those of the config, or all checkpoints are damaged.
         """
+        damaged: list[tuple[Path, str]] = []
         for step in reversed(steps(self.root.parent)):
             path = self.root / str(step)
             try:
-                arrays, files = _load(path, {"params": params, "state": state})
-                return Restored(step, arrays["params"], arrays["state"], json.loads(files["data.json"]), json.loads(files["card.json"]),
-                                files.get("tokenizer.json"))
-            except CheckpointError:
+                arrays, files = _load(path, {"params": params, "state": state}, check)
+                found = Restored(arrays["params"], arrays["state"], json.loads(files["data.json"]), json.loads(files["card.json"]))
+            except UserError:
                 raise
             except Exception as e:  # whatever is wrong with it, the one before may be whole
-                aside = _free_name(self.root / f"{step}.damaged")
-                if jax.process_index() == 0:
-                    path.rename(aside)
-                log.warning("checkpoint %s is incomplete or damaged (%s): set aside as %s, falling back to the one before",
-                            path, _reason(e), aside.name)
+                damaged.append((path, _reason(e)))
+                continue
+            for broken, reason in damaged:
+                self._set_aside(broken, reason, path)
+            return found
+        if damaged:
+            raise CheckpointError(f"none of the {len(damaged)} checkpoints in {self.root} can be read; they were left in place "
+                                  f"({damaged[0][0].name}: {damaged[0][1]}). Remove that folder to begin the run anew")
         return None
 
-    def _open(self) -> ocp.training.Checkpointer:
-        if self._manager is None:
-            keep = [ocp.training.preservation_policies.LatestN(self.settings.keep)]
-            if self.settings.best:
-                keep.append(ocp.training.preservation_policies.BestN(
-                    get_metric_fn=lambda metrics: -float(metrics[self.settings.best]), n=1, keep_checkpoints_without_metrics=False))
-            self._manager = ocp.training.Checkpointer(
-                self.root, preservation_policy=ocp.training.preservation_policies.AnyPreservationPolicy(keep), cleanup_tmp_directories=True)
-        return self._manager
+    def _set_aside(self, path: Path, reason: str, instead: Path) -> None:
+        """Rename a damaged checkpoint, so that its step can be saved again."""
+        aside = _free_name(path.with_name(f"{path.name}.damaged"))
+        if jax.process_index() == 0:
+            path.rename(aside)
+        log.warning("checkpoint %s is incomplete or damaged (%s): set aside as %s, falling back to %s", path, reason, aside.name, instead)
 
-    def save(self, step: int, params: Any, state: Any, data: Any, card: Card, tokenizer: str | None,
-             metrics: dict[str, float] | None = None) -> None:
-        """Begin to write the checkpoint of a step, after the one before it is whole.
+    def save(self, step: int, params: Any, state: Any, data: Any, card: Card, tokenizer: str | None) -> None:
+        """Begin to write the checkpoint of a step, after the one before it is whole. What is saved is what the arrays hold now.
 
         Raises:
             CheckpointError: this or the save before it failed, e.g. for want of space.
         """
-        metrics = metrics if metrics and self.settings.best in metrics else None
+        self.wait()
+        path = self.root / str(step)
         try:
             about = _about(card, {"params": params, "state": state}, tokenizer, data)
-            self._open().save_checkpointables_async(step, {"params": params, "state": state, "about": about}, force=True, metrics=metrics)
+            response = ocp.save_checkpointables_async(path, {"params": params, "state": state, "about": about})
         except Exception as e:
-            raise _failed(e, self.root / str(step)) from e
+            raise _failed(e, path) from e
+        self._saving = self._background.submit(self._complete, response, path)
+
+    def _complete(self, response: Any, path: Path) -> None:
+        """Wait until a checkpoint is whole, then remove those that need not be kept."""
+        try:
+            response.result()
+        except Exception as e:
+            raise _failed(e, path) from e
+        if jax.process_index() == 0:
+            self._prune()
+
+    def _prune(self) -> None:
+        known = steps(self.root.parent)
+        scores = {step: score for step in known if math.isfinite(score := self._score(step))}
+        kept = {*known[-self.settings.keep:], *sorted(scores, key=lambda step: scores[step])[:1]}
+        for step in set(known) - kept:
+            gone = _free_name(self.root / f"{step}.removing")
+            (self.root / str(step)).rename(gone)
+            shutil.rmtree(gone, ignore_errors=True)
+
+    def _score(self, step: int) -> float:
+        """The held-out metric of a checkpoint at its own step, by which the best is kept; infinite where there is none."""
+        try:
+            results = read_card(self.root / str(step))["results"]
+        except (CheckpointError, KeyError):
+            return math.inf
+        return results.get(self.settings.best, math.inf) if results.get("step") == step else math.inf
 
     def wait(self) -> None:
         """Return when the last save is whole. Raises as `save`."""
-        if self._manager is not None:
-            try:
-                self._manager._manager.wait_until_finished()  # noqa: SLF001  (v1 has no public way to wait for a save begun earlier)
-            except Exception as e:
-                raise _failed(e, self.root) from e
-
-    def close(self) -> None:
-        """Wait and release what the library holds."""
-        if self._manager is not None:
-            manager, self._manager = self._manager, None
-            try:
-                manager.close()
-            except Exception as e:
-                raise _failed(e, self.root) from e
+        if self._saving is not None:
+            saving, self._saving = self._saving, None
+            saving.result()
 
     def abandon(self) -> None:
-        """Remove what a failed save left behind."""
-        for path in self.root.glob("*orbax-checkpoint-tmp*"):
-            shutil.rmtree(path, ignore_errors=True)
+        """After a failure: let a save under way come to its end, and remove what a failed one left behind."""
+        try:
+            self.wait()
+        except CheckpointError as e:
+            log.warning("%s", e)
+        _remove_unfinished(self.root)
 
 
 def _free_name(path: Path) -> Path:
@@ -292,8 +333,3 @@ def _free_name(path: Path) -> Path:
 def abstract_like(tree_of_arrays: Any, shardings: Any) -> Any:
     """Shapes, dtypes and shardings of a tree, as restoring wants them."""
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree_of_arrays, shardings)
-
-
-def to_numpy(params: Any) -> Any:
-    """Params as NumPy arrays on the host."""
-    return jax.tree.map(np.asarray, params)

@@ -3,33 +3,37 @@
 Nothing here imports jax: a misspelt key is told before a device is touched. The sizes of the model live in `models/config.py`.
 """
 
+import contextlib
 import dataclasses
 import difflib
 import importlib.util
+import io
 import json
 import re
-import sys
+import traceback
 import types
 import typing
 from pathlib import Path
 from typing import Any
 
-from llm_jax.errors import ConfigError, choose, suggest
+from llm_jax.errors import ConfigError, UserError, choose, suggest
 from llm_jax.models.config import ModelConfig
 
 
 def positive(record: Any, where: str, *names: str, least: float = 1) -> None:
-    """Raise unless the named fields are at least `least`."""
+    """Raise unless the named fields are numbers of at least `least`."""
     for name in names:
-        if getattr(record, name) < least:
-            raise ConfigError(f"{where}.{name} is {getattr(record, name)}: it must be at least {least}")
+        value = getattr(record, name)
+        if not isinstance(value, (int, float)) or not value >= least:
+            raise ConfigError(f"{where}.{name} is {value!r}: it must be at least {least}")
 
 
 def fraction(record: Any, where: str, *names: str) -> None:
-    """Raise unless the named fields lie in [0, 1]."""
+    """Raise unless the named fields are numbers in [0, 1]."""
     for name in names:
-        if not 0 <= getattr(record, name) <= 1:
-            raise ConfigError(f"{where}.{name} is {getattr(record, name)}: it must lie in [0, 1]")
+        value = getattr(record, name)
+        if not isinstance(value, (int, float)) or not 0 <= value <= 1:
+            raise ConfigError(f"{where}.{name} is {value!r}: it must lie in [0, 1]")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,7 +77,7 @@ class Data:
         positive(self, "data", "workers", least=0)
         if self.weights and len(self.weights) != len(self.sources):
             raise ConfigError(f"data.weights has {len(self.weights)} values for {len(self.sources)} data.sources")
-        if any(w <= 0 for w in self.weights):
+        if not all(w > 0 for w in self.weights):
             raise ConfigError(f"data.weights are {self.weights}: each must be above 0")
         if list(self.buckets) != sorted(set(self.buckets)) or any(b < 1 for b in self.buckets):
             raise ConfigError(f"data.buckets are {self.buckets}: they must be positive and increasing")
@@ -199,6 +203,8 @@ class Eval:
     """texts continued at the end of the run"""
     max_new_tokens: int = 64
     """tokens of each continuation"""
+    task: Any = None
+    """the task as it is evaluated, e.g. NextToken(overlap=128); None for the run's own"""
 
     def __post_init__(self):
         positive(self, "eval", "every", "batches", "max_new_tokens", least=0)
@@ -233,6 +239,11 @@ class Run:
         positive(self, "run", "log_every")
         if self.task is None:
             raise ConfigError("run.task is not set: name one of llm_jax.tasks, e.g. NextToken()")
+        if not dataclasses.is_dataclass(self.task) or isinstance(self.task, type):
+            raise ConfigError(f"run.task is {self.task!r}: it must be a record of llm_jax.tasks, e.g. NextToken()")
+        for transform in self.transforms:
+            if not hasattr(transform, "label"):
+                raise ConfigError(f"run.transforms holds {transform!r}: each must be a Transform, as the functions of llm_jax.transforms make")
         if not self.name or "/" in self.name:
             raise ConfigError(f"run.name {self.name!r} must be a name without '/'")
 
@@ -251,6 +262,8 @@ def to_dict(record: Any) -> Any:
     if dataclasses.is_dataclass(record) and not isinstance(record, type):
         plain = {f.name: to_dict(getattr(record, f.name)) for f in dataclasses.fields(record)}
         return plain if type(record).__module__ in (__name__, ModelConfig.__module__) else {"kind": type(record).__name__, **plain}
+    if hasattr(record, "label"):  # a transform is functions; its label tells which, with their arguments
+        return record.label
     if isinstance(record, (tuple, list)):
         return [to_dict(x) for x in record]
     return record
@@ -260,56 +273,130 @@ def load(path: str | Path) -> Run:
     """The `Run` that the config file's `get_config()` returns.
 
     Raises:
-        ConfigError: no such file, no `get_config` in it, or a value that is not allowed.
+        ConfigError: no such file, no `get_config` in it, an error in it, or a value that is not allowed.
     """
     path = Path(path)
     if not path.is_file():
         near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.py")], n=1)
         raise ConfigError(f"no config file {path}" + (f"; did you mean {path.with_name(near[0])}?" if near else ""))
     spec = importlib.util.spec_from_file_location(f"_config_{path.stem}", path)
-    assert spec and spec.loader
+    if spec is None or spec.loader is None:
+        raise ConfigError(f"{path} is not a Python file")
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
+        if not hasattr(module, "get_config"):
+            raise ConfigError(f"{path} has no function get_config()")
         run = module.get_config()
-    except ConfigError:
+    except UserError:
         raise
-    except (SyntaxError, AttributeError, ImportError, TypeError) as e:
-        raise ConfigError(f"{path}: {type(e).__name__}: {e}") from e
+    except Exception as e:
+        lines = [f":{frame.lineno}" for frame in traceback.extract_tb(e.__traceback__) if Path(frame.filename) == path.absolute()]
+        raise ConfigError(f"{path}{''.join(lines[-1:])}: {type(e).__name__}: {e}{_suggest_keyword(str(e), vars(module))}") from e
     if not isinstance(run, Run):
         raise ConfigError(f"{path}: get_config() returned a {type(run).__name__}, not a llm_jax.config.Run")
+    _check_types(run, str(path))
     return run
+
+
+def _suggest_keyword(message: str, names: dict[str, Any]) -> str:
+    """The nearest field, where the message is Python's for a record made with an unknown one."""
+    found = re.match(r"(\w+)\.__init__\(\) got an unexpected keyword argument '(\w+)'", message)
+    kind = {**globals(), **names}.get(found[1]) if found else None
+    return suggest(found[2], [f.name for f in dataclasses.fields(kind)]) if found and dataclasses.is_dataclass(kind) else ""
+
+
+_WORDS = {int: "a whole number", float: "a number", bool: "True or False", str: "a text", type(None): "None"}
+
+
+def _describe(annotation: Any) -> str:
+    """What a field of this type may hold, in words."""
+    options = typing.get_args(annotation)
+    if typing.get_origin(annotation) is tuple:
+        if options[1:] == (...,):
+            return f"a tuple (separated by spaces on the command line), each value {_describe(options[0])}"
+        return " and ".join(map(_describe, options))
+    return " or ".join(map(_describe, options)) if options else _WORDS.get(annotation, getattr(annotation, "__name__", str(annotation)))
+
+
+def _fits(value: Any, annotation: Any) -> bool:
+    """Whether a value is of an annotated type; a whole number may stand for a number."""
+    origin, options = typing.get_origin(annotation), typing.get_args(annotation)
+    if annotation is Any:
+        return True
+    if origin is tuple:
+        expected = options[:1] * len(value) if options[1:] == (...,) and isinstance(value, tuple) else options
+        return isinstance(value, tuple) and len(value) == len(expected) and all(map(_fits, value, expected))
+    if options:
+        return any(_fits(value, option) for option in options)
+    if annotation in (int, float):
+        return isinstance(value, (int, annotation)) and not isinstance(value, bool)
+    return isinstance(value, annotation)
+
+
+def _check_types(record: Any, path: str, where: str = "config") -> None:
+    """Raise unless each field of a record and of the records in it holds what its annotation says."""
+    for name, annotation in typing.get_type_hints(type(record)).items():
+        value = getattr(record, name)
+        if not _fits(value, annotation):
+            raise ConfigError(f"{path}: {where}.{name} is {value!r}: it must be {_describe(annotation)}")
+        if dataclasses.is_dataclass(value):
+            _check_types(value, path, f"{where}.{name}")
 
 
 def _record_type(annotation: Any, value: Any) -> type | None:
     """The dataclass that a field holds, from its value or, where that is None, from its annotation."""
     if dataclasses.is_dataclass(value):
         return type(value)
-    options = typing.get_args(annotation) if isinstance(annotation, types.UnionType) or typing.get_origin(annotation) else ()
-    for option in (annotation, *options):
+    for option in (annotation, *typing.get_args(annotation)):
         if isinstance(option, type) and dataclasses.is_dataclass(option):
             return option
     return None
 
 
-def _check_key(run: Any, key: str) -> Any:
-    """Raise unless `key` (dotted) names a field at each depth; return `run` with the optional records on its way filled in."""
+def _check_key(run: Any, key: str) -> tuple[Any, Any]:
+    """(`run` with the optional records on the way to `key` filled in, what `key` may hold); raises unless it names a field at each depth."""
     names = key.replace("-", "_").split(".")
+    whole = ".".join(("config", *names))
 
-    def walk(record: Any, depth: int) -> Any:
+    def walk(record: Any, depth: int) -> tuple[Any, Any]:
         hints = typing.get_type_hints(type(record))
         name, where = names[depth], ".".join(("config", *names[:depth]))
         if name not in hints:
-            raise ConfigError(f"unknown key {'.'.join(('config', *names))!r}: {where} has no {name!r}{suggest(name, hints)}")
+            raise ConfigError(f"unknown key {whole!r}: {where} has no {name!r}{suggest(name, hints)}")
         value = getattr(record, name)
-        if depth + 1 == len(names):
-            return record
         kind = _record_type(hints[name], value)
+        if depth + 1 == len(names):
+            if kind is not None:
+                raise ConfigError(f"{whole} is a record: set one of its parts, e.g. --{whole}.{dataclasses.fields(kind)[0].name}=...")
+            if Any in typing.get_args(hints[name]):
+                raise ConfigError(f"{whole} cannot be given on the command line: set it in the config file")
+            return record, hints[name]
         if kind is None:
-            raise ConfigError(f"unknown key {'.'.join(('config', *names))!r}: {where}.{name} has no parts")
-        return dataclasses.replace(record, **{name: walk(kind() if value is None else value, depth + 1)})
+            raise ConfigError(f"unknown key {whole!r}: {where}.{name} has no parts")
+        filled, annotation = walk(kind() if value is None else value, depth + 1)
+        return dataclasses.replace(record, **{name: filled}), annotation
 
     return walk(run, 0)
+
+
+def _typed(run: Run, arguments: list[str]) -> Run | None:
+    """`run` with the values of checked keys, or None if one has the wrong type."""
+    import tyro
+
+    try:
+        with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
+            return tyro.cli(type(run), default=run, args=arguments, config=(tyro.conf.FlagConversionOff, tyro.conf.AvoidSubcommands))
+    except SystemExit:
+        return None
+
+
+def _fits_alone(run: Run, group: list[str]) -> bool:
+    """Whether one key's values have its type, be they allowed only together with those of other keys."""
+    try:
+        return _typed(run, group) is not None
+    except ConfigError:
+        return True
 
 
 def override(run: Run, arguments: typing.Sequence[str]) -> Run:
@@ -318,43 +405,39 @@ def override(run: Run, arguments: typing.Sequence[str]) -> Run:
     Raises:
         ConfigError: an unknown key at any depth, with the nearest name, or a value of the wrong type.
     """
-    import contextlib
-    import io
-
-    import tyro
-
-    plain = []
+    groups: list[list[str]] = []
+    annotations = []
     for argument in arguments:
         if argument.startswith("--"):
             if not argument.startswith("--config."):
                 raise ConfigError(f"unknown option {argument.split('=')[0]!r}: overrides are written --config.KEY=VALUE")
-            argument = "--" + argument.removeprefix("--config.")
-            run = _check_key(run, argument[2:].split("=")[0])
-        plain.append(argument)
-    if plain and not plain[0].startswith("--"):
-        raise ConfigError(f"unexpected argument {plain[0]!r}: overrides are written --config.KEY=VALUE")
-    said = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
-            return tyro.cli(type(run), default=run, args=plain,
-                            config=(tyro.conf.FlagConversionOff, tyro.conf.AvoidSubcommands))
-    except SystemExit as e:
-        lines = [line.strip("│╭╰─╮╯ ") for line in said.getvalue().splitlines()]
-        text = next((line for line in lines if line.startswith(("Error", "Missing", "Invalid"))), "") or " ".join(filter(None, lines))
-        raise ConfigError(f"bad value: {text.replace('--', 'config.')}") from e
+            groups.append(["--" + argument.removeprefix("--config.")])
+            run, annotation = _check_key(run, groups[-1][0][2:].split("=")[0])
+            annotations.append(annotation)
+        elif groups:
+            groups[-1].append(argument)
+        else:
+            raise ConfigError(f"unexpected argument {argument!r}: overrides are written --config.KEY=VALUE")
+    changed = _typed(run, [word for group in groups for word in group])
+    if changed is not None:
+        return changed
+    wrong = [(group, annotation) for group, annotation in zip(groups, annotations) if not _fits_alone(run, group)]
+    group, annotation = wrong[0] if wrong else (groups[-1], annotations[-1])
+    key, _, value = group[0][2:].partition("=")
+    given = " ".join(filter(None, [value, *group[1:]]))
+    raise ConfigError(f"bad value: config.{key.replace('-', '_')} is {given!r}: it must be {_describe(annotation)}")
 
 
 def parse(arguments: typing.Sequence[str]) -> Run:
     """The run that a command line `--config=FILE [--config.KEY=VALUE ...]` describes."""
     rest = list(arguments)
     for i, argument in enumerate(rest):
-        if argument == "--config" and i + 1 < len(rest):
-            path = rest[i + 1]
-            del rest[i:i + 2]
-            return override(load(path), rest)
+        if argument == "--config":
+            if i + 1 == len(rest):
+                raise ConfigError("--config names no file: say --config=configs/NAME.py")
+            return override(load(rest[i + 1]), rest[:i] + rest[i + 2:])
         if argument.startswith("--config="):
-            del rest[i]
-            return override(load(argument.removeprefix("--config=")), rest)
+            return override(load(argument.removeprefix("--config=")), rest[:i] + rest[i + 1:])
     raise ConfigError("no config: say --config=configs/NAME.py")
 
 
@@ -371,7 +454,3 @@ def show(run: Run) -> str:
 
     walk("", to_dict(run))
     return "\n".join(lines)
-
-
-if __name__ == "__main__":
-    print(show(parse(sys.argv[1:])))

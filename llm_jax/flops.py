@@ -1,5 +1,6 @@
 """How much arithmetic a model asks for, and how much the hardware could do: what utilisation is measured against."""
 
+import functools
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -51,13 +52,19 @@ def forward_flops(config: ModelConfig, shapes: Mapping[str, tuple[int, ...]]) ->
 
 def train_flops(config: ModelConfig, shapes: Mapping[str, tuple[int, ...]]) -> float:
     """Three times the forward pass: the backward pass has two products for each of its products."""
-    return 3 * forward_flops(config, shapes)
+    return _train_flops(config, tuple(shapes.items()))
+
+
+@functools.cache
+def _train_flops(config: ModelConfig, shapes: tuple[tuple[str, tuple[int, ...]], ...]) -> float:
+    """Remembered, for it is asked at each step and traces the model's initialisation."""
+    return 3 * forward_flops(config, dict(shapes))
 
 
 def peak_flops(devices: Any) -> tuple[float, str]:
     """Operations a second that all the devices could do, and where the figure comes from.
 
-    An accelerator's is its data sheet's; a CPU's is that of a float32 product of 2048-cubes, measured now. Unknown hardware gives 0.
+    An accelerator's is its data sheet's; a CPU's is that of a float32 product of 1024-cubes, measured now. Unknown hardware gives 0.
     """
     kind = devices[0].device_kind
     if devices[0].platform == "cpu":
@@ -68,7 +75,8 @@ def peak_flops(devices: Any) -> tuple[float, str]:
     return PEAK[max(known, key=len)] * len(devices), "data sheet, bfloat16"
 
 
-def _measured(size: int = 2048, repeats: int = 3) -> float:
+@functools.cache
+def _measured(size: int = 1024, repeats: int = 8) -> float:
     """The best rate of a few products, over all cores."""
     x = jnp.ones((size, size), jnp.float32)
     product = jax.jit(lambda a: a @ a)

@@ -128,13 +128,12 @@ def _padded(rows: Sequence[np.ndarray], multiple: int = 16) -> tuple[np.ndarray,
     return wide, lengths
 
 
-def _prompts(config: ModelConfig, tokenizer: Tokenizer, prompts: Sequence[str]) -> dict[str, np.ndarray]:
-    """The batch that `_prefill` reads."""
-    begin = tokenizer.bos if tokenizer.bos is not None else tokenizer.eos if tokenizer.eos is not None else tokenizer.cls
+def _prompts(config: ModelConfig, tokenizer: Tokenizer, prompts: Sequence[str], end: int) -> dict[str, np.ndarray]:
+    """The batch that `_prefill` reads; a text begins and a source ends as in training."""
+    begin = next((i for i in (tokenizer.bos, tokenizer.cls, tokenizer.eos) if i is not None), None)
     rows = [tokenizer.encode(prompt) for prompt in prompts]
     if config.architecture == "encoder-decoder":
-        end = tokenizer.eos if tokenizer.eos is not None else tokenizer.sep
-        wide, lengths = _padded([np.concatenate([row, [end]]) for row in rows])
+        wide, lengths = _padded([np.concatenate([row, [] if end < 0 else [end]]) for row in rows])
         start = tokenizer.pad if tokenizer.bos is None and tokenizer.pad is not None else begin
         return {"tokens": np.full((len(rows), 1), start, np.int32), "lengths": np.ones(len(rows), np.int32), "encoder_tokens": wide,
                 "encoder_segment_ids": (np.arange(wide.shape[1]) < lengths[:, None]).astype(np.int32)}
@@ -160,13 +159,13 @@ def stream(config: ModelConfig, params: Any, tokenizer: Tokenizer, prompts: Sequ
         raise UserError("no prompt to continue")
     if max_new_tokens < 1:
         raise UserError(f"max_new_tokens is {max_new_tokens}: it must be at least 1")
-    batch = _prompts(config, tokenizer, prompts)
-    longest = int(batch["lengths"].max()) + max_new_tokens
+    end = next((i for i in (tokenizer.eos, tokenizer.sep) if i is not None), -1)
+    batch = _prompts(config, tokenizer, prompts, end)
+    longest = max(int(batch["lengths"].max()) + max_new_tokens, int(np.sum(batch.get("encoder_segment_ids", 0), axis=-1).max()))
     if longest > config.max_length and config.positions == "learned":
         raise UserError(f"prompt and continuation take {longest} positions, the model has {config.max_length}: shorten one of them")
     if jax.default_backend() == "cpu":
         params = transformer.unstacked(config, params)
-    end = next((i for i in (tokenizer.eos, tokenizer.sep) if i is not None), -1)
     chunk = min(chunk, max_new_tokens)
     chunks = -(-max_new_tokens // chunk)
     going = _prefill(config, params, batch, batch["tokens"].shape[1] + chunks * chunk)

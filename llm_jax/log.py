@@ -1,59 +1,70 @@
 """What a run says: metrics.jsonl, TensorBoard, a progress bar, and a picture of the curves. Reads nothing but numbers."""
 
 import json
-import logging
+import math
+import os
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
-log = logging.getLogger(__name__)
-
-
 class Metrics:
-    """Writes the metrics of a run as they come; a resumed run continues the files at its step."""
+    """Writes the metrics of a run as they come; a resumed run continues the files at its step. A silent one writes nothing."""
 
-    def __init__(self, folder: Path, start: int, steps: int):
+    def __init__(self, folder: Path, start: int, steps: int, silent: bool = False):
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-        from tensorboardX import SummaryWriter
 
-        self.path = Path(folder) / "metrics.jsonl"
-        keep_until(self.path, start)
-        self._file = self.path.open("a", encoding="utf-8")
-        self._board = SummaryWriter(str(Path(folder) / "tensorboard"), purge_step=start + 1, flush_secs=30)
-        self.console = Console(stderr=True)
+        path = Path(os.devnull) if silent else Path(folder) / "metrics.jsonl"
+        if not silent:
+            keep_until(path, start)
+        self._file = path.open("a", encoding="utf-8")
+        self._board = _summary_writer()(str(Path(folder) / "tensorboard"), purge_step=start + 1, flush_secs=30, write_to_disk=not silent)
+        self._lines = not silent and not sys.stderr.isatty()
+        self._console = Console(stderr=True, quiet=silent)
         self._bar = Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[said]}"),
-                             TimeElapsedColumn(), TimeRemainingColumn(), console=self.console, disable=not sys.stderr.isatty())
+                             TimeElapsedColumn(), TimeRemainingColumn(), console=self._console, disable=silent or self._lines)
         self._task = self._bar.add_task("training", total=steps, completed=start, said="")
         self._said = 0.0
         self._bar.start()
 
     def write(self, step: int, values: dict[str, Any]) -> None:
-        """One object a step, in metrics.jsonl and on the board."""
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        """One object a step, in metrics.jsonl (null for what is not finite) and on the board."""
+        plain = {name: None if isinstance(x, float) and not math.isfinite(x) else x for name, x in values.items()}
+        self._file.write(json.dumps({"step": step, **plain}) + "\n")
         self._file.flush()
         for name, value in values.items():
-            if isinstance(value, (int, float)):
-                self._board.add_scalar(name, value, step)
+            self._board.add_scalar(name, value, step)
 
     def show(self, step: int, values: dict[str, Any]) -> None:
         """Move the bar; without a terminal a line now and then."""
         said = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
         self._bar.update(self._task, completed=step, said=said)
-        if not sys.stderr.isatty() and time.monotonic() - self._said > 10:
+        if self._lines and time.monotonic() - self._said > 10:
             self._said = time.monotonic()
             print(f"step {step}  {said}", file=sys.stderr, flush=True)
 
     def say(self, text: str) -> None:
         """A line above the bar."""
-        self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+        self._console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def close(self) -> None:
         """Flush and release the files."""
         self._bar.stop()
         self._file.close()
         self._board.close()
+
+
+def _summary_writer() -> Any:
+    """tensorboardX's writer, without torch: where that is installed it would be loaded, which takes seconds, and never used."""
+    hidden = {} if "torch" in sys.modules else {"torch": None}
+    sys.modules |= hidden  # type: ignore[arg-type]
+    try:
+        from tensorboardX import SummaryWriter
+    finally:
+        for name in hidden:
+            del sys.modules[name]
+    return SummaryWriter
 
 
 def keep_until(path: Path, step: int) -> None:
@@ -89,7 +100,7 @@ def draw_curves(folder: Path) -> Path:
     entries = read(Path(folder) / "metrics.jsonl")
     figure, (top, bottom) = pyplot.subplots(2, 1, figsize=(8, 6), sharex=True, height_ratios=[3, 1], layout="constrained")
     for name, label, style in (("loss", "training", dict(color="0.6", linewidth=1)), ("eval/loss", "held out", dict(color="C0", marker="o"))):
-        points = [(e["step"], e[name]) for e in entries if name in e]
+        points = [(e["step"], e[name]) for e in entries if e.get(name) is not None]
         if points:
             top.plot(*zip(*points), label=label, **style)
     top.set_ylabel("loss (nats a token)")

@@ -1,133 +1,63 @@
-"""The one train loop: builds what a run needs, takes its steps, saves, evaluates, and tells where everything lies.
+"""The one train loop: takes the steps of a run, saves, evaluates, and tells where everything lies.
 
-The loop knows no task, no transform and no optimizer: they come as functions. What is exact is kept so by the step number alone:
-keys are folded from it, and the place in the data is saved beside the weights.
+The loop knows no task, no transform and no optimizer: they come as functions (`parts.py`). What is exact is kept so by the step number
+alone: keys are folded from it, and the place in the data is saved beside the weights.
 """
 
-import dataclasses
 import json
 import logging
+import math
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
+import jax.numpy as jnp
 
 from llm_jax import card as cards
-from llm_jax import checkpoint, evaluate, flops, optim, sharding, step
+from llm_jax import checkpoint, evaluate, flops, generate, optim, sharding, step
 from llm_jax import log as logs
-from llm_jax import transforms as tf
 from llm_jax.config import Run, show, to_dict
 from llm_jax.data.accounting import Accounting
-from llm_jax.data.documents import documents, open_sources
-from llm_jax.data.pipeline import Loader, check_fingerprint
-from llm_jax.data.tokenizer import Tokenizer, load_tokenizer
-from llm_jax.errors import CheckpointError, ConfigError, DataError, NonFiniteError
-from llm_jax.models import transformer
-from llm_jax.platform import setup
-from llm_jax.transforms.accumulate import accumulate
-from llm_jax.transforms.freeze import freeze
-from llm_jax.transforms.moving_average import moving_average
+from llm_jax.data.pipeline import check_fingerprint
+from llm_jax.errors import CheckpointError, NonFiniteError, choose
+from llm_jax.parts import Parts, build, describe
+from llm_jax.platform import gather, setup
 
 log = logging.getLogger(__name__)
 
-FREE = ("steps", "log_every", "workdir", "eval", "checkpoint", "mesh", "data.workers")
-"""Keys that may differ between a run and its continuation."""
+FREE = ("steps", "log_every", "workdir", "eval", "checkpoint", "mesh", "data.workers", "data.max_dropped", "optimizer.max_nonfinite")
+"""Keys that may differ between a run and its continuation; `check_fingerprint` judges the workers."""
 
 
-@dataclasses.dataclass
-class Parts:
-    """What a run works with, built once from its config."""
-
-    run: Run
-    mesh: jax.sharding.Mesh
-    tokenizer: Tokenizer
-    train: Loader
-    heldout: Loader | None
-    schedule: Any
-    init: Any
-    """key -> TrainState, jitted and laid out over the mesh"""
-    shardings: Any
-    abstract: step.TrainState
-    step: Any
-    """(state, batch) -> (state, metrics), jitted"""
-    eval_step: Any
-    parents: list[str]
-
-
-def transform_of(run: Run) -> tf.Transform:
-    """The transforms of a config, those that its plain fields ask for among them; freezing is outermost, since it hides params."""
-    return tf.chain(accumulate(run.batch.accumulate), *run.transforms, moving_average(run.optimizer.moving_average),
-                    freeze(run.optimizer.freeze))
-
-
-def training_texts(run: Run, sources: list[Any]) -> Iterator[str]:
-    """The texts of the documents that are not held out, for training a tokenizer."""
-    for source in sources:
-        for index in documents(source, run.data, "train"):
-            record = source[int(index)]
-            yield from (record[field] for field in (run.data.text, run.data.target) if isinstance(record.get(field), str))
-
-
-def build(run: Run, tokenizer: Tokenizer | None = None) -> Parts:
-    """Open the data, make the mesh, and compile nothing yet.
+def train(run: Run) -> dict[str, Any]:
+    """Carry out a run, from its newest checkpoint if its folder holds one; returns what result.json holds.
 
     Raises:
-        UserError: whatever in the config, the data or the machine does not fit together.
+        UserError: something that the user can mend; earlier checkpoints stay.
     """
-    mesh = sharding.make_mesh(run.mesh)
-    sharding.check_batch(mesh, run.batch.size // run.batch.accumulate, run.batch.length)
-    if run.batch.length > run.model.max_length and run.model.positions == "learned":
-        raise ConfigError(f"batch.length {run.batch.length} is longer than the model's table of positions, model.max_length {run.model.max_length}")
-    sources = open_sources(run.data, "train")
-    tokenizer = tokenizer or load_tokenizer(run.data.tokenizer, lambda: training_texts(run, sources))
-    needed = tokenizer.vocab_size + run.task.extra_tokens(tokenizer)
-    if needed > run.model.vocab_size:
-        raise DataError(f"the tokenizer has {needed} entries, the model's vocabulary {run.model.vocab_size}: set model.vocab_size={needed} or more")
-    place = dict(process_index=jax.process_index(), process_count=jax.process_count())
-    train = Loader(sources, tokenizer, run.task, run.data, run.batch, run.seed, "train", **place)
-    heldout = None
-    if run.data.heldout or run.data.heldout_sources:
-        heldout = Loader(open_sources(run.data, "heldout"), tokenizer, run.task, run.data, run.batch, run.seed, "heldout", **place)
-    return assemble(run, mesh, tokenizer, train, heldout)
+    setup()
+    begin = time.time()
+    parts = None
+    try:
+        run.folder.mkdir(parents=True, exist_ok=True)
+        parts = build(run)
+        with jax.set_mesh(parts.mesh):
+            return _Session(parts).carry_out(begin)
+    except OSError as e:
+        if checkpoint.is_full(e):
+            raise CheckpointError(f"no space left on the disk of {run.folder}: the run stopped; its earlier checkpoints are intact") from e
+        if isinstance(e.filename, str) and _concerns(Path(e.filename).absolute(), run.folder.absolute()):
+            raise CheckpointError(f"cannot write {e.filename}: {e.strerror}") from e
+        raise
+    finally:
+        if parts is not None:
+            parts.close()
 
 
-def assemble(run: Run, mesh: jax.sharding.Mesh, tokenizer: Tokenizer, train: Loader, heldout: Loader | None) -> Parts:
-    """The functions of a run: initial state, step, evaluation step, with their shardings."""
-    change = transform_of(run)
-    config = change.config(run.model)
-    shapes, axes = transformer.shapes(config), transformer.axes(config)
-    schedule = optim.make_schedule(run.schedule, run.steps)
-    optimizer = change.update(optim.make_optimizer(run.optimizer, schedule, shapes, axes))
-    loss = change.loss(run.task.loss(config))
-    grad = change.grad(step.differentiate(loss))
-    started, parents = _start(run, mesh)
-
-    def init(key: Any, started: Any) -> step.TrainState:
-        first, second, third = jax.random.split(key, 3)
-        params = transformer.init(run.model, first) if started is None else started
-        params = change.params(run.model, params, second, None)
-        return step.init_state(params, optimizer, third)
-
-    key = jax.random.key(run.seed)
-    abstract = jax.eval_shape(init, key, started)
-    placed = sharding.state_shardings(mesh, abstract, sharding.params_shardings(mesh, axes, shapes))
-    compiled_init = jax.jit(init, out_shardings=placed)
-    compiled_step = jax.jit(step.make_step(loss, grad, optimizer), donate_argnums=0, out_shardings=(placed, None))
-    return Parts(run, mesh, tokenizer, train, heldout, schedule, lambda: compiled_init(key, started), placed, abstract, compiled_step,
-                 evaluate.make_eval_step(loss), parents)
-
-
-def _start(run: Run, mesh: jax.sharding.Mesh) -> tuple[Any, list[str]]:
-    """The weights that a run starts from and their hash; None for fresh ones."""
-    if run.start == "fresh":
-        return None, []
-    shapes = transformer.shapes(run.model)
-    placed = sharding.params_shardings(mesh, transformer.axes(run.model), shapes)
-    params, files = checkpoint.load_params(Path(run.start), checkpoint.abstract_like(shapes, placed))
-    return params, [json.loads(files["card.json"])["hashes"]["params"]]
+def _concerns(path: Path, folder: Path) -> bool:
+    """Whether a path lies in a folder or on the way to it."""
+    return path.is_relative_to(folder) or folder.is_relative_to(path)
 
 
 def _differences(there: Any, here: Any, prefix: str = "") -> list[str]:
@@ -140,204 +70,202 @@ def _differences(there: Any, here: Any, prefix: str = "") -> list[str]:
     return [] if there == here else [f"{prefix} is {json.dumps(there)} there and {json.dumps(here)} here"]
 
 
-def _restore(parts: Parts, saved: checkpoint.Checkpoints) -> tuple[step.TrainState | None, Accounting, dict[str, Any]]:
-    """The state of the newest checkpoint and its counts; the loader is put at its place."""
-    wanted = checkpoint.abstract_like(parts.abstract, parts.shardings)
-    found = saved.restore(wanted.params, _rest(wanted))
-    if found is None:
-        return None, Accounting(), {"tokens": 0.0, "flops": 0.0}
-    different = _differences(found.card["config"], json.loads(json.dumps(to_dict(parts.run))))
+def _check_continues(parts: Parts, card: cards.Card) -> None:
+    """Raise unless the run continues the one with this card."""
+    different = _differences(card["config"], json.loads(json.dumps(to_dict(parts.run))))
     if different:
         raise CheckpointError(f"{parts.run.folder} holds a run of another config ({different[0]}): "
                               "give this one another name or workdir, or remove that folder")
     if not parts.run.checkpoint.allow_changed_data:
-        check_fingerprint(found.card["sources"], parts.train.fingerprint())
-    parts.train.set_state(found.data["loader"])
-    state = parts.abstract._replace(**{**found.state, "params": found.params, "reference": {}})
-    return state, Accounting(found.data["accounting"]), {"tokens": found.card["tokens"], "flops": found.card["flops"]}
+        check_fingerprint(card["sources"], parts.train.fingerprint())
 
 
-def _rest(state: step.TrainState) -> dict[str, Any]:
-    """The parts of a state beside the params and what is not saved, as a dict."""
-    return {name: x for name, x in state._asdict().items() if name not in ("params", "reference")}
-
-
-def saved_tokenizer(run: Run) -> Tokenizer | None:
-    """The tokenizer that the run's newest checkpoint holds."""
-    for at in reversed(checkpoint.steps(run.folder)):
-        file = run.folder / "checkpoints" / str(at) / "about" / "tokenizer.json"
-        if file.is_file():
-            return Tokenizer.from_json(file.read_text(encoding="utf-8"))
-    return None
-
-
-class _Pace:
-    """Where the time goes: steps, waiting for input, and the rest."""
-
-    def __init__(self):
-        self.begin = self.last = time.perf_counter()
-        self.waited = 0.0
-
-    def lap(self) -> float:
-        now = time.perf_counter()
-        seconds, self.last = now - self.last, now
-        return seconds
-
-
-def train(run: Run) -> dict[str, Any]:
-    """Carry out a run, from its newest checkpoint if its folder holds one; returns what result.json holds.
-
-    Raises:
-        UserError: something that the user can mend; earlier checkpoints stay.
-    """
-    setup()
-    begin = time.time()
-    run.folder.mkdir(parents=True, exist_ok=True)
-    parts = build(run, saved_tokenizer(run))
-    saved = checkpoint.Checkpoints(run.folder, run.checkpoint)
-    with jax.set_mesh(parts.mesh):
-        try:
-            return _Session(parts, saved).carry_out(begin)
-        except OSError as e:
-            if checkpoint.is_full(e):
-                raise CheckpointError(f"no space left on the disk of {run.folder}: the run stopped; its earlier checkpoints are intact") from e
-            raise
-        finally:
-            parts.train.close()
-            if parts.heldout is not None:
-                parts.heldout.close()
+def _kept(state: step.TrainState) -> tuple[Any, dict[str, Any]]:
+    """What a checkpoint holds: the weights to evaluate, and the rest, with the trained weights where they are others."""
+    params = optim.eval_params(state.opt_state, state.params)
+    left = ("reference", "params") if params is state.params else ("reference",)
+    return params, {name: x for name, x in state._asdict().items() if name not in left}
 
 
 class _Session:
     """One carrying out of a run."""
 
-    def __init__(self, parts: Parts, saved: checkpoint.Checkpoints):
-        self.parts, self.saved, self.run = parts, saved, parts.run
-        state, self.accounting, self.counts = _restore(parts, saved)
-        self.state = parts.init() if state is None else state
-        self.start = int(self.state.step)
-        self.peak, self.peak_source = flops.peak_flops(list(parts.mesh.devices.flat))
+    def __init__(self, parts: Parts):
+        self.parts, self.run = parts, parts.run
+        self.lead = jax.process_index() == 0
+        self.saved = checkpoint.Checkpoints(self.run.folder, self.run.checkpoint)
         self.results: dict[str, Any] = {}
         self.pending: list[tuple[int, Any, dict[str, Any]]] = []
-        (self.run.folder / "config.json").write_text(json.dumps(to_dict(self.run), indent=1), encoding="utf-8")
-        parts.tokenizer.save(self.run.folder / "tokenizer.json")
-        self.metrics = logs.Metrics(self.run.folder, self.start, self.run.steps)
-        self.pace = _Pace()
+        self.state = self._begin()
+        self.start = self.at = int(self.state.step)
+        self.peak, self.peak_source = flops.peak_flops(list(parts.mesh.devices.flat))
+        if self.lead:
+            (self.run.folder / "config.json").write_text(json.dumps(to_dict(self.run), indent=1), encoding="utf-8")
+            parts.tokenizer.save(self.run.folder / "tokenizer.json")
+        self.metrics = logs.Metrics(self.run.folder, self.start, self.run.steps, silent=not self.lead)
+        self.lap = time.perf_counter()
+
+    def _begin(self) -> step.TrainState:
+        """The state of the newest checkpoint with all that belongs to it, else a fresh one."""
+        parts = self.parts
+        params, rest = jax.eval_shape(_kept, parts.abstract)
+        placed = parts.shardings._asdict()
+        found = self.saved.restore(checkpoint.abstract_like(params, placed["params"]),
+                                   {name: checkpoint.abstract_like(x, placed[name]) for name, x in rest.items()},
+                                   lambda card: _check_continues(parts, card))
+        self.resumed = found is not None
+        if found is None:
+            self.accounting, self.counts = Accounting(), {"tokens": 0.0, "flops": 0.0}
+            state, self.parents = parts.init()
+            return state
+        places = found.data["loader"]
+        parts.train.set_state(places[jax.process_index() % len(places)])
+        self.accounting = Accounting(found.data["accounting"] if self.lead else None)
+        self.counts = {name: found.card[name] for name in ("tokens", "flops")}
+        self.results, self.parents = found.card["results"], found.card["parents"]
+        return step.TrainState(**{"params": found.params, **found.state})
 
     def carry_out(self, begin: float) -> dict[str, Any]:
         """All remaining steps, then the last evaluation."""
         run = self.run
-        self.metrics.say(f"{show(run)}\n{describe(self.parts)}")
-        if self.start:
-            self.metrics.say(f"resuming {run.folder} at step {self.start}")
         try:
-            for at in range(self.start, run.steps):
-                self.one_step(at)
-                last = at + 1 == run.steps
-                if last or (run.eval.every and (at + 1) % run.eval.every == 0):
-                    self.evaluate(at + 1, 0 if last else run.eval.batches)
-                if last or (at + 1) % run.checkpoint.every == 0:
-                    self.save(at + 1)
-            if self.start >= run.steps or not self.results:
-                self.evaluate(run.steps, 0)
-            self.flush(0)
-            self.accounting.check(run.data.max_dropped, final=True)
-            self.saved.close()
+            self.metrics.say(f"{show(run)}\n{describe(self.parts)}")
+            if self.resumed:
+                self.metrics.say(f"resuming {run.folder} at step {self.start}")
+            while self.at < run.steps:
+                self.one_step()
+                last = self.at == run.steps
+                if last or (run.eval.every and self.at % run.eval.every == 0):
+                    self.evaluate(0 if last else run.eval.batches)
+                if last or self.at % run.checkpoint.every == 0:
+                    self.save()
+            if self.at == self.start:
+                self.evaluate(0)
+                if not self.resumed:
+                    self.save()
+            Accounting(self.totals()).check(run.data.max_dropped, final=True)
+            self.saved.wait()
+            return self.finish(begin)
         except BaseException:
             self.saved.abandon()
             raise
         finally:
             self.metrics.close()
-        return self.finish(begin)
 
-    def one_step(self, at: int) -> None:
+    def one_step(self) -> None:
         """Take a batch and a step; read the metrics of the step before, so that the device is never waited for."""
         before = time.perf_counter()
         rows = next(self.parts.train)
         waited = time.perf_counter() - before
         self.accounting.add(rows.account)
         self.accounting.check(self.run.data.max_dropped)
-        shapes = {name: (x.shape[0] * jax.process_count(), *x.shape[1:]) for name, x in rows.batch.items()}
-        work = flops.train_flops(self.parts.run.model, shapes)
-        self.state, metrics = self.parts.step(self.state, sharding.put(rows.batch, self.parts.mesh))
-        tokens = int(np.prod(shapes["tokens"])) if "tokens" in shapes else shapes["images"][0]
+        batch = sharding.put(rows.batch, self.parts.mesh)
+        work = flops.train_flops(self.parts.model, {name: x.shape for name, x in batch.items()})
+        self.state, metrics = self.parts.step(self.state, batch)
+        self.at += 1
         self.counts["flops"] += work
-        self.pending.append((at + 1, metrics, {"samples": rows.digest, "input_wait": waited, "work": work, "slots": tokens}))
+        self.pending.append((self.at, metrics, {"samples": rows.digest, "input_wait": waited, "work": work}))
         self.flush(1)
 
-    def flush(self, keep: int) -> None:
-        """Write the metrics of all but the newest `keep` steps."""
+    def flush(self, keep: int = 0) -> None:
+        """Write the metrics of all but the newest `keep` steps.
+
+        Raises:
+            NonFiniteError: too many updates were skipped in a row.
+        """
         while len(self.pending) > keep:
             at, metrics, told = self.pending.pop(0)
             values = {name: x.item() for name, x in jax.device_get(metrics).items()}
-            seconds = self.pace.lap()
+            seconds = self._lap()
             tokens = values.pop("weight")
             self.counts["tokens"] += tokens
-            if values["skipped_in_a_row"] >= self.run.optimizer.max_nonfinite:
-                self.saved.wait()
-                known = checkpoint.steps(self.run.folder)
-                raise NonFiniteError(
-                    f"step {at}: loss or gradient was not finite {int(values['skipped_in_a_row'])} times in a row (optimizer.max_nonfinite); "
-                    + (f"the last checkpoint is step {known[-1]} in {self.run.folder}" if known else "no checkpoint was saved yet"))
             if at % self.run.log_every == 0 or at == self.run.steps:
-                values |= {"learning_rate": self.run.optimizer.learning_rate * float(self.parts.schedule(at - 1)),
-                           "samples": told["samples"], "seconds": seconds, "input_wait": told["input_wait"],
-                           "tokens_per_second": tokens / seconds, "mfu": told["work"] / seconds / self.peak if self.peak else 0.0}
-                self.metrics.write(at, values)
+                self.metrics.write(at, {
+                    **values, "learning_rate": self.run.optimizer.learning_rate * float(self.parts.schedule(at - 1)),
+                    "samples": told["samples"], "seconds": seconds, "input_wait": told["input_wait"], "tokens_per_second": tokens / seconds,
+                    "mfu": told["work"] / seconds / self.peak if self.peak else 0.0})
             self.metrics.show(at, {"loss": values["loss"], "tokens/s": tokens / seconds})
+            if values["skipped_in_a_row"] >= self.run.optimizer.max_nonfinite:
+                self.stop(f"step {at}: loss or gradient was not finite {values['skipped_in_a_row']} times in a row (optimizer.max_nonfinite)")
 
-    def evaluate(self, at: int, batches: int) -> None:
+    def _lap(self) -> float:
+        """Seconds since it was last asked."""
+        before, self.lap = self.lap, time.perf_counter()
+        return self.lap - before
+
+    def stop(self, reason: str) -> None:
+        """Raise a NonFiniteError that says where the last good weights are."""
+        self.saved.wait()
+        known = checkpoint.steps(self.run.folder)
+        raise NonFiniteError(f"{reason}; " + (f"the last checkpoint is step {known[-1]} in {self.run.folder}" if known
+                                              else "no checkpoint was saved yet"))
+
+    def evaluate(self, batches: int) -> None:
         """Held-out loss with the averaged weights, written beside the training metrics."""
+        self.flush()
         if self.parts.heldout is None:
             return
-        self.flush(0)
         params = optim.eval_params(self.state.opt_state, self.state.params)
         found = evaluate.evaluate(self.parts.eval_step, params, self.parts.heldout, self.parts.mesh, self.state.reference, batches)
-        self.results = {"step": at, **found}
-        self.metrics.write(at, {f"eval/{name}": x for name, x in found.items()})
-        self.metrics.say(f"step {at}  held out: " + "  ".join(f"{name} {x:.4f}" for name, x in found.items() if name != "tokens"))
-        self.pace.lap()
+        if found and self.run.checkpoint.best:
+            choose("checkpoint.best", self.run.checkpoint.best, found)
+        self.results = {"step": self.at, **found}
+        if not (self.resumed and self.at == self.start):  # else the file has it already
+            self.metrics.write(self.at, {f"eval/{name}": x for name, x in found.items()})
+        self.metrics.say(f"step {self.at}  held out: " + "  ".join(f"{name} {x:.4f}" for name, x in found.items() if name != "tokens"))
+        self._lap()
 
-    def save(self, at: int) -> None:
-        """A checkpoint of this step, begun in the background."""
-        self.flush(0)
-        card = cards.make_card(self.run, self.parts.mesh, self.parts.parents, self.parts.train.fingerprint(), step=at, results=self.results,
-                               tokens=self.counts["tokens"], flops=self.counts["flops"])
-        place = {"loader": self.parts.train.get_state(), "accounting": self.accounting.totals}
-        fresh = {name: x for name, x in self.results.items() if name != "step"} if self.results.get("step") == at else None
-        self.saved.save(at, self.state.params, _rest(self.state), place, card, self.parts.tokenizer.to_json(), fresh)
-        self.pace.lap()
+    def save(self) -> None:
+        """A checkpoint of this step, begun in the background; none while updates are skipped, for the weights are those of an earlier step.
+
+        Raises:
+            NonFiniteError: the weights are not finite, or the run ends on skipped updates.
+        """
+        self.flush()
+        params, rest = _kept(self.state)
+        skipped = int(self.state.skipped_in_a_row)
+        if skipped and self.at < self.run.steps:
+            log.warning("step %d is not saved: its update and %d before it were skipped", self.at, skipped - 1)
+            return
+        if skipped or not all(jax.device_get(_finite(jax.tree.leaves(params)))):
+            self.stop(f"step {self.at}: {'its update was skipped' if skipped else 'the weights are not finite'}, so it is not saved")
+        parts = self.parts
+        data = {"loader": gather(parts.train.get_state()), "accounting": self.totals()}
+        card = cards.make_card(self.run, parts.model, parts.mesh, self.parents, parts.train.fingerprint(), step=self.at, results=self.results,
+                               **self.counts)
+        self.saved.save(self.at, params, rest, data, card, parts.tokenizer.to_json())
+        self._lap()
+
+    def totals(self) -> list[float]:
+        """The account of all processes."""
+        return [sum(each) for each in zip(*gather(self.accounting.totals))]
 
     def finish(self, begin: float) -> dict[str, Any]:
         """result.json, card.json, the curves, and the samples."""
-        folder = self.run.folder
-        params = optim.eval_params(self.state.opt_state, self.state.params)
-        curves = logs.draw_curves(folder) if jax.process_index() == 0 else folder / "curves.png"
-        newest = checkpoint.find(folder)
-        (folder / "card.json").write_text((newest / "about" / "card.json").read_text(encoding="utf-8"), encoding="utf-8")
-        result = {"name": self.run.name, "steps": self.run.steps, "eval": {k: v for k, v in self.results.items() if k != "step"},
-                  "data": self.accounting.report(), "skipped": int(self.state.skipped), "tokens": self.counts["tokens"], "flops": self.counts["flops"],
-                  "seconds": time.time() - begin, "steps_this_time": self.run.steps - self.start, "peak_flops": [self.peak, self.peak_source],
-                  "samples": self.samples(params), "paths": {"folder": str(folder), "checkpoint": str(newest), "metrics": str(folder / "metrics.jsonl"),
-                                                             "tensorboard": str(folder / "tensorboard"), "curves": str(curves)}}
-        (folder / "result.json").write_text(json.dumps(result, indent=1), encoding="utf-8")
+        folder, newest = self.run.folder, checkpoint.find(self.run.folder)
+        names = {"metrics": "metrics.jsonl", "tensorboard": "tensorboard", "curves": "curves.png"}
+        result = {
+            "name": self.run.name, "steps": self.at, "eval": {k: v for k, v in self.results.items() if k != "step"},
+            "data": Accounting(self.totals()).report(), "skipped": int(self.state.skipped), **self.counts, "seconds": time.time() - begin,
+            "steps_this_time": self.at - self.start, "peak_flops": [self.peak, self.peak_source], "samples": self.samples(),
+            "paths": {"folder": str(folder), "checkpoint": str(newest), **{what: str(folder / name) for what, name in names.items()}}}
+        if self.lead:
+            logs.draw_curves(folder)
+            (folder / "card.json").write_text(json.dumps(checkpoint.read_card(newest), indent=1), encoding="utf-8")
+            (folder / "result.json").write_text(json.dumps(result, indent=1), encoding="utf-8")
         return result
 
-    def samples(self, params: Any) -> list[dict[str, str]]:
+    def samples(self) -> list[dict[str, str]]:
         """Continuations of the config's prompts."""
-        if not self.run.eval.prompts or self.run.model.architecture == "encoder":
+        prompts, model = self.run.eval.prompts, self.parts.model
+        if not prompts or model.architecture == "encoder":
             return []
-        from llm_jax.generate import generate
+        params = optim.eval_params(self.state.opt_state, self.state.params)
+        texts = generate.generate(model, params, self.parts.tokenizer, prompts, max_new_tokens=self.run.eval.max_new_tokens, temperature=0.8,
+                                  top_p=0.95, seed=self.run.seed)
+        return [{"prompt": prompt, "text": text} for prompt, text in zip(prompts, texts)]
 
-        texts = generate(self.run.model, params, self.parts.tokenizer, list(self.run.eval.prompts), max_new_tokens=self.run.eval.max_new_tokens,
-                         temperature=0.8, top_p=0.95, seed=self.run.seed)
-        return [{"prompt": p, "text": t} for p, t in zip(self.run.eval.prompts, texts)]
 
-
-def describe(parts: Parts) -> str:
-    """What is about to happen: parameters, mesh, data."""
-    from llm_jax import tree
-
-    count = tree.size(parts.abstract.params)
-    mesh = ", ".join(f"{axis}={n}" for axis, n in parts.mesh.shape.items() if n > 1) or "one device"
-    return f"{count / 1e6:.2f}M parameters on {mesh} ({jax.devices()[0].device_kind})"
+@jax.jit
+def _finite(leaves: list[Any]) -> list[Any]:
+    return [jnp.all(jnp.isfinite(x)) for x in leaves]

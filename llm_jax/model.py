@@ -9,10 +9,9 @@ from typing import Any
 import jax
 from jaxtyping import Array
 
-from llm_jax import checkpoint, sharding, transforms
+from llm_jax import checkpoint, sharding, transforms, tree
 from llm_jax import generate as generation
-from llm_jax.card import code_version, library_versions
-from llm_jax.checkpoint import Card
+from llm_jax.card import Card, code_version, content_hash, library_versions
 from llm_jax.config import to_dict
 from llm_jax.data.tokenizer import Tokenizer
 from llm_jax.errors import CheckpointError, UserError
@@ -31,8 +30,6 @@ class Model:
     card: Card = dataclasses.field(default_factory=dict)
 
     def __repr__(self) -> str:
-        from llm_jax import tree
-
         return f"Model({self.config.architecture}, {tree.size(self.params) / 1e6:.2f}M parameters, {self.card.get('name', 'without a name')!r})"
 
 
@@ -52,11 +49,14 @@ def load(path: str | Path, mesh: jax.sharding.Mesh | None = None) -> Model:
     """
     card = checkpoint.read_card(Path(path))
     config = model_config(card, path)
+    params, card, tokenizer = checkpoint.load_params(Path(path), abstract_params(config, mesh or sharding.make_mesh()))
+    return Model(config, params, None if tokenizer is None else Tokenizer.from_json(tokenizer), card)
+
+
+def abstract_params(config: ModelConfig, mesh: jax.sharding.Mesh) -> transformer.Params:
+    """The shape, dtype and place on the mesh of each weight."""
     shapes = transformer.shapes(config)
-    placed = sharding.params_shardings(mesh or sharding.make_mesh(), transformer.axes(config), shapes)
-    params, files = checkpoint.load_params(Path(path), checkpoint.abstract_like(shapes, placed))
-    tokenizer = Tokenizer.from_json(files["tokenizer.json"]) if "tokenizer.json" in files else None
-    return Model(config, params, tokenizer, card)
+    return checkpoint.abstract_like(shapes, sharding.params_shardings(mesh, transformer.axes(config), shapes))
 
 
 def save(model: Model, path: str | Path) -> None:
@@ -87,6 +87,6 @@ def transform(model: Model, change: transforms.Transform, key: Array, aux: Any =
     """The model after a change of sizes and weights, with a card that names it and its parent."""
     config = change.config(model.config)
     params = jax.jit(change.params, static_argnums=0)(model.config, model.params, key, aux)
-    parent = checkpoint.content_hash(model.params)
+    parent = content_hash(model.params)
     card = {**model.card, "parents": [parent], "transforms": [*model.card.get("transforms", []), name or "transform"], "model": to_dict(config)}
     return Model(config, params, model.tokenizer, json.loads(json.dumps(card)))

@@ -16,14 +16,52 @@ from llm_jax.errors import ConfigError, suggest
 from llm_jax.transforms.moving_average import MovingAverageState
 
 
+RATES = ("learning_rate", "max_learning_rate")
+"""What the functions of optax call a learning rate."""
+
+UNSCHEDULED = ("optimistic_adam", "polyak_sgd", "rprop", "sm3")
+"""Rules whose learning rate is a number; what they make of the gradient is multiplied by the schedule instead."""
+
+
+WHOLE = ("galore",)
+"""Rules that fail on params of which a part is left out."""
+
+
+def _parameters(function: Callable[..., Any]) -> dict[str, inspect.Parameter]:
+    return dict(inspect.signature(function).parameters)
+
+
+def _required(function: Callable[..., Any]) -> list[str]:
+    """Arguments without a default, the learning rate and those of a variable number left out."""
+    return [name for name, p in _parameters(function).items()
+            if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD) and name not in RATES]
+
+
 def optimizers() -> dict[str, Callable[..., Any]]:
-    """Every optimizer of optax and optax.contrib by name: the functions that take a learning rate."""
+    """Every optimizer of optax and optax.contrib by name: the functions that make one of a learning rate alone.
+
+    So it leaves out what wraps another optimizer (schedule_free, sam, lookahead, mechanize: take schedule_free_adamw or
+    schedule_free_sgd), what differentiates each example (dpsgd), and the building blocks (scale_by_...). galore projects the
+    tables of embeddings alone, since it knows no stacked layers.
+    """
     found = {}
     for module in (optax.contrib, optax):
         for name, function in vars(module).items():
-            if inspect.isfunction(function) and not name.startswith("_") and "learning_rate" in inspect.signature(function).parameters:
+            if (inspect.isfunction(function) and not name.startswith(("_", "scale_by_")) and set(RATES) & set(_parameters(function))
+                    and not _required(function)):
                 found[name] = function
     return found
+
+
+def _factory(name: str) -> Callable[..., Any]:
+    """The function of optax that makes the named optimizer."""
+    known = optimizers()
+    if name in known:
+        return known[name]
+    other = vars(optax.contrib).get(name) or vars(optax).get(name)
+    if inspect.isfunction(other) and _required(other):
+        raise ConfigError(f"optimizer {name!r} cannot be used by its name: it needs {', '.join(_required(other))} too")
+    raise ConfigError(f"unknown optimizer {name!r}{suggest(name, known)}")
 
 
 def make_schedule(schedule: config.Schedule, steps: int) -> Callable[[Any], Array]:
@@ -76,16 +114,25 @@ def _scale_by_regex(multipliers: tuple[tuple[str, float], ...]) -> optax.Gradien
     return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
 
 
-def _arguments(name: str, factory: Callable[..., Any], given: tuple[tuple[str, float], ...]) -> dict[str, Any]:
-    """The named arguments, whole numbers and truth values as the optimizer declares them."""
-    declared = inspect.signature(factory).parameters
+def _arguments(settings: config.Optimizer, factory: Callable[..., Any]) -> dict[str, Any]:
+    """`optimizer.arguments` by name, whole numbers and truth values as the optimizer declares them."""
+    declared = _parameters(factory)
     made: dict[str, Any] = {}
-    for key, value in given:
+    for key, value in settings.arguments:
         if key not in declared:
-            raise ConfigError(f"optimizer {name!r} has no argument {key!r}{suggest(key, declared)}")
+            raise ConfigError(f"optimizer {settings.name!r} has no argument {key!r}{suggest(key, declared)}")
         default = declared[key].default
-        made[key] = type(default)(value) if isinstance(default, (bool, int)) and float(value).is_integer() else value
+        if key in (*RATES, "weight_decay"):
+            raise ConfigError(f"optimizer.arguments has {key!r}: set optimizer.{key.removeprefix('max_')} instead")
+        if default is not None and not isinstance(default, (bool, int, float)):
+            raise ConfigError(f"optimizer.arguments has {key!r}, which is not a number but {default!r} in optimizer {settings.name!r}")
+        whole = float(value).is_integer() and not isinstance(default, float)
+        made[key] = bool(value) if isinstance(default, bool) else int(value) if whole else value
     return made
+
+
+def _decay_mask(params: Any) -> Any:
+    return tree.map_with_name(lambda name, _: decayed(name), params)
 
 
 def _muon_dimensions(axes: Any) -> Callable[[Any], Any]:
@@ -103,31 +150,54 @@ def _muon_dimensions(axes: Any) -> Callable[[Any], Any]:
     return lambda params: tree.map_with_name(one, params)
 
 
+def _rule(settings: config.Optimizer, factory: Callable[..., Any], arguments: dict[str, Any],
+          schedule: Callable[[Any], Array]) -> optax.GradientTransformationExtraArgs:
+    """The named rule at `learning_rate * schedule(step)`."""
+    declared = _parameters(factory)
+    rate = next(name for name in RATES if name in declared)
+    try:
+        if settings.name in UNSCHEDULED:
+            rule = optax.chain(factory(**{rate: settings.learning_rate}, **arguments), optax.scale_by_schedule(schedule))
+        else:
+            rule = factory(**{rate: lambda step: settings.learning_rate * schedule(step)}, **arguments)
+    except (TypeError, ValueError) as e:
+        raise ConfigError(f"optimizer {settings.name!r} does not take these arguments: {e}") from e
+    rule = optax.with_extra_args_support(rule)
+    if "hessian_diagonal_fn" not in declared:
+        return rule
+
+    def update(updates, state, params=None, *, value_fn=None, **extra):
+        return rule.update(updates, state, params, obj_fn=value_fn, **extra)  # as the estimators of the Hessian call the objective
+
+    return optax.GradientTransformationExtraArgs(rule.init, update)
+
+
 def make_optimizer(settings: config.Optimizer, schedule: Callable[[Any], Array], shapes: Any, axes: Any) -> optax.GradientTransformationExtraArgs:
     """Clip, the named rule at `learning_rate * schedule(step)`, then the multipliers.
+
+    Weight decay is the rule's own where it has one (it reaches all parameters in the few that take no mask, such as prodigy), else
+    -learning_rate * schedule(step) * weight_decay * matrix is added to the update.
 
     Raises:
         ConfigError: no such optimizer or argument, or a regex that matches no parameter.
     """
-    known = optimizers()
-    if settings.name not in known:
-        raise ConfigError(f"unknown optimizer {settings.name!r}{suggest(settings.name, known)}")
+    factory = _factory(settings.name)
+    if settings.freeze and settings.name in WHOLE:
+        raise ConfigError(f"optimizer {settings.name!r} cannot leave a part of the params out: optimizer.freeze must be empty")
     tree.match(shapes, [regex for regex, _ in settings.multipliers], "optimizer.multipliers")
-    factory = known[settings.name]
-    declared = inspect.signature(factory).parameters
-    arguments = _arguments(settings.name, factory, settings.arguments)
-    decay_mask = lambda params: tree.map_with_name(lambda name, _: decayed(name), params)  # noqa: E731
+    declared = _parameters(factory)
+    arguments = _arguments(settings, factory)
     parts = [optax.clip_by_global_norm(settings.clip)] if settings.clip else []
     if "weight_decay" in declared:
         arguments["weight_decay"] = settings.weight_decay
         mask_name = next((m for m in ("weight_decay_mask", "mask") if m in declared), None)
         if mask_name:
-            arguments[mask_name] = decay_mask
-    elif settings.weight_decay:
-        parts.append(optax.add_decayed_weights(settings.weight_decay, mask=decay_mask))
+            arguments[mask_name] = _decay_mask
     if "muon_weight_dimension_numbers" in declared:
         arguments["muon_weight_dimension_numbers"] = _muon_dimensions(axes)
-    parts.append(factory(learning_rate=lambda step: settings.learning_rate * schedule(step), **arguments))
+    parts.append(_rule(settings, factory, arguments, schedule))
+    if settings.weight_decay and "weight_decay" not in declared:
+        parts.append(optax.add_decayed_weights(lambda step: -settings.learning_rate * settings.weight_decay * schedule(step), mask=_decay_mask))
     if settings.multipliers:
         parts.append(_scale_by_regex(settings.multipliers))
     return optax.with_extra_args_support(optax.chain(*parts))
@@ -142,5 +212,6 @@ def eval_params(opt_state: Any, params: Any) -> Any:
         if isinstance(state, MovingAverageState):
             return tree.merge(state.average, params)
         if isinstance(state, optax.contrib.ScheduleFreeState):
-            return optax.contrib.schedule_free_eval_params(state, params)
+            trained = jax.tree.map(lambda z, x: None if z is None else x, state.z, params, is_leaf=lambda z: z is None)
+            return tree.merge(optax.contrib.schedule_free_eval_params(state, trained), params)
     return params

@@ -61,15 +61,14 @@ def make_step(loss: LossFn, grad: GradFn, optimizer: optax.GradientTransformatio
         found, gradient = grad(state.params, batch, key, state.reference)
         weight = jnp.maximum(found.weight, 1e-9)
         gradient = jax.tree.map(lambda g: g / weight, gradient)
-        value, norm = found.total / weight, optax.global_norm(gradient)
+        value, norm = found.total / weight, optax.tree.norm(gradient)
         finite = jnp.isfinite(value) & jnp.isfinite(norm)
 
         def value_fn(params: Any) -> Array:
             again = loss(tree.merge(params, state.params), batch, key, state.reference)
             return again.total / weight
 
-        updates, opt_state = optimizer.update(gradient, state.opt_state, state.params, value=value, grad=gradient,
-                                              value_fn=value_fn, obj_fn=value_fn)
+        updates, opt_state = optimizer.update(gradient, state.opt_state, state.params, value=value, grad=gradient, value_fn=value_fn)
         params = jax.tree.map(lambda p, u: p if u is None else jnp.where(finite, p + u, p).astype(p.dtype), state.params, updates,
                               is_leaf=lambda x: x is None)
         opt_state = jax.tree.map(lambda new, old: jnp.where(finite, new, old), opt_state, state.opt_state)

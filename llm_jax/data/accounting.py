@@ -14,7 +14,7 @@ from llm_jax.data.packing import STREAMS
 from llm_jax.errors import DataError
 
 FIELDS = (*pieces.ACCOUNT, "slots", "filled", "rows", "rows_without_targets")
-"""Entries of the account of a batch: those of its documents; slots, and slots filled; rows, and those without targets."""
+"""Entries of the account of a batch: its documents'; slots, slots filled; rows, and rows with nothing to predict."""
 
 ENOUGH = 100
 """documents, or rows, from which on a share of them means something"""

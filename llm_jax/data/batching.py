@@ -44,6 +44,7 @@ class _PiecesIterator(grain.DatasetIterator):
     def __next__(self) -> Piece:
         if self._pieces is None:
             self._fetch()
+        assert self._pieces is not None
         if self._next >= len(self._pieces):
             raise StopIteration
         piece = self._pieces[self._next]
@@ -124,6 +125,7 @@ class _WindowsIterator(grain.DatasetIterator):
     def __next__(self) -> Row:
         if self._rows is None and not self._open():
             raise StopIteration
+        assert self._rows is not None
         while self._next >= len(self._rows):
             self._number += 1
             if not self._open():
@@ -166,7 +168,7 @@ class _BatchesIterator(grain.DatasetIterator):
         self._dataset = dataset
 
     def __next__(self) -> dict[str, np.ndarray]:
-        rows = []
+        rows: list[dict[str, np.ndarray]] = []
         while len(rows) < self._dataset.size:
             try:
                 rows.append(next(self._parent))

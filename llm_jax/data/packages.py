@@ -17,6 +17,7 @@ import tempfile
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 from llm_jax.data import files
 from llm_jax.errors import DataError, choose
@@ -154,7 +155,7 @@ class Contents:
     def __init__(self, archive: zipfile.ZipFile | tarfile.TarFile, source: str = ""):
         self._archive = archive
         if isinstance(archive, zipfile.ZipFile):
-            self._members = {info.filename: info for info in archive.infolist() if not info.is_dir()}
+            self._members: dict[str, Any] = {info.filename: info for info in archive.infolist() if not info.is_dir()}
         else:
             self._members = {info.name.partition("/")[2]: info for info in archive.getmembers() if info.isfile()}
         for name in self._members:

@@ -75,12 +75,12 @@ def pack(lengths: np.ndarray, capacity: Sequence[int]) -> list[list[int]]:
     >>> pack(np.array([[3], [5], [2], [8], [6]]), [8])
     [[3], [4, 2], [1, 0]]
     """
-    capacity = np.asarray(capacity)
-    free = np.zeros((len(lengths), len(capacity)), np.int64)
+    room = np.asarray(capacity)
+    free = np.zeros((len(lengths), len(room)), np.int64)
     slack = np.zeros(len(lengths), np.int64)
     rows: list[list[int]] = []
-    alone = (lengths == capacity).any(axis=1)
-    for index in np.argsort(-(lengths / capacity).max(axis=1), kind="stable"):
+    alone = (lengths == room).any(axis=1)
+    for index in np.argsort(-(lengths / room).max(axis=1), kind="stable"):
         length, used = lengths[index], len(rows)
         if used and not alone[index]:
             fits = (free[:used] >= length).all(axis=1)
@@ -91,7 +91,7 @@ def pack(lengths: np.ndarray, capacity: Sequence[int]) -> list[list[int]]:
                 slack[best] -= length.sum()
                 continue
         rows.append([int(index)])
-        free[used] = capacity - length
+        free[used] = room - length
         slack[used] = free[used].sum()
     return rows
 

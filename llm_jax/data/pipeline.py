@@ -7,6 +7,7 @@ documents is the business of `documents.py` and the task, packing that of `packi
 """
 
 import dataclasses
+import multiprocessing
 import os
 import zlib
 from collections.abc import Sequence
@@ -96,7 +97,7 @@ class Loader:
         self._check()
         self._documents = [documents(source, data, split) for source in self._sources]
         self._salt, self._batches = 0, 0
-        self._iterator: grain.DatasetIterator | None = self._make()
+        self._iterator = self._make()
 
     def _check(self) -> None:
         data, length, processes = self._data, self._batch.length, self._processes
@@ -172,6 +173,10 @@ class Loader:
         batches = Batches(rows, count, slice(start, start + local), padding)
         if not self._workers:
             return grain.experimental.ThreadPrefetchIterDataset(batches, prefetch_buffer_size=READ_AHEAD).__iter__()
+        if getattr(multiprocessing.current_process(), "_inheriting", False):
+            # A worker that imports the script that started it: without this it hangs, and the script with it.
+            raise ConfigError("data.workers starts processes that import the main script: put what the script runs "
+                              "under if __name__ == '__main__':")
         if not flags.FLAGS.is_parsed():
             flags.FLAGS.mark_as_parsed()  # Grain hands its flags to the workers, parsed or not, and fails if not
         options = grain.MultiprocessingOptions(num_workers=self._workers, per_worker_buffer_size=READ_AHEAD)
@@ -190,7 +195,7 @@ class Loader:
             raise DataError(f"none of the documents of {specs} yields an example") from None
         self._batches += 1
         batch = {name: value for name, value in arrays.items() if name not in ("account", "ids")}
-        digest = zlib.crc32(np.ascontiguousarray(batch["tokens"]), zlib.crc32(np.ascontiguousarray(arrays["ids"])))
+        digest = zlib.crc32(batch["tokens"].tobytes(), zlib.crc32(arrays["ids"].tobytes()))
         return Rows(batch, batch_account(arrays), digest, arrays["ids"])
 
     @property
@@ -224,9 +229,9 @@ class Loader:
 
     def close(self) -> None:
         """Stop the thread or the worker processes; nothing can be asked of the loader afterwards."""
-        if self._iterator is not None:
+        if hasattr(self, "_iterator"):
             self._iterator.close()
-            self._iterator = None  # let go of it now: Grain's `__del__` fails when the interpreter shuts down
+            del self._iterator  # let go of it now: Grain's `__del__` fails when the interpreter shuts down
 
     def __enter__(self) -> "Loader":
         return self

@@ -13,6 +13,7 @@ import json
 import mmap
 import os
 from array import array
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -185,7 +186,7 @@ def _open_asset(spec: str, data: Data) -> Source:
     return source
 
 
-_SCHEMES = {
+_SCHEMES: dict[str, Callable[[str, Data], Source]] = {
     "text": TextFiles,
     "jsonl": JsonLines,
     "parquet": tables.ParquetFiles,

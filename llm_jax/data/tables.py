@@ -44,7 +44,9 @@ class _RowGroups:
     """The row groups of some files, decoded one at a time, those used last held up to `ROW_GROUP_CACHE` bytes."""
 
     def __init__(self, paths: list[str]):
-        self._paths, self._files, self._held, self._bytes = paths, {}, collections.OrderedDict(), 0
+        self._paths, self._bytes = paths, 0
+        self._files: dict[str, Any] = {}
+        self._held: collections.OrderedDict[Any, Any] = collections.OrderedDict()
         self._lock = threading.Lock()  # a ParquetFile is not to be read from two threads at once
 
     def __call__(self, path: str, group: int) -> Any:

@@ -80,7 +80,11 @@ class Tokenizer:
         >>> t.encode("<|endoftext|>", special=True).tolist() == [t.eos], t.eos in t.encode("<|endoftext|>")
         (True, False)
         """
-        return np.array(self._encoding(text, special).ids, np.int32)
+        engine = self._marked if special else self._literal
+        try:  # as a batch of one: only so does the library let other threads run meanwhile
+            return np.array(engine.encode_batch_fast([text], add_special_tokens=False)[0].ids, np.int32)
+        except (UnicodeEncodeError, TypeError) as e:
+            raise DataError(f"this text cannot be tokenized: {e}") from e
 
     def encode_spans(self, text: str, special: bool = False) -> tuple[Int[np.ndarray, " N"], Int[np.ndarray, " N"]]:
         """(ids, ends): the tokens up to and with i cover the first `ends[i]` UTF-8 bytes of the text, the last all.

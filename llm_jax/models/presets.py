@@ -17,7 +17,7 @@ def bert(**changes: Any) -> ModelConfig:
 
 
 def roberta(**changes: Any) -> ModelConfig:
-    """RoBERTa-base: 124.06M without a head; its classifier's dense layer is the pooler (Liu et al. 2019)."""
+    """RoBERTa-base: 124.05M without a head; its classifier's dense layer is the pooler (Liu et al. 2019)."""
     return bert(**{**dict(vocab_size=50265, max_length=512, norm_epsilon=1e-5, token_types=1, pooler="none"), **changes})
 
 

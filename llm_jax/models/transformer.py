@@ -196,7 +196,7 @@ def _run(config: ModelConfig, side: str, params: Params, tokens: Array, position
          cross_memory: Any = (), keep_hidden: bool = False, want_weights: bool = False) -> tuple[Array, Any]:
     """Embedding, stack and last norm of one side."""
     modules = _modules(config)
-    first, rest = (None, None) if key is None else jax.random.split(key)
+    first, rest, last = (None, None, None) if key is None else jax.random.split(key, 3)
     x = modules["embed"].apply({"params": params["embed"]}, tokens, positions, types, first)
     bias = None
     if config.positions == "relative":
@@ -205,7 +205,9 @@ def _run(config: ModelConfig, side: str, params: Params, tokens: Array, position
                      rest, memory, cross_memory, keep_hidden, want_weights)
     if config.norm_place == "pre":
         x = modules[f"{side}/norm"].apply({"params": params[side]["norm"]}, x)
-    return dropout(x, config.dropout if config.architecture == "encoder-decoder" else 0.0, first), kept
+        if config.architecture == "encoder-decoder":
+            x = dropout(x, config.dropout, last)  # as T5 does after its last norm; 'Attention is all you need' has none there
+    return x, kept
 
 
 def _stream(batch: dict[str, Array], prefix: str = "") -> tuple[Array, Array, Array]:
@@ -241,7 +243,7 @@ def apply(config: ModelConfig, params: Params, batch: dict[str, Array], *, key: 
     whose logits are wanted; an encoder-decoder reads `encoder_tokens` (B, U) likewise. With a key there is dropout. With a cache the
     S tokens are new ones, and the outputs hold the cache with them in it. `logits=False` leaves the product with the unembedding out.
     """
-    keys: Any = (None, None) if key is None else jax.random.split(key)
+    keys: Any = (None, None, None) if key is None else jax.random.split(key, 3)
     new_cache = None
     if config.architecture == "encoder":
         x, segments, kept = encode(config, params, batch, keys[0], hidden_states, attentions)
@@ -268,7 +270,7 @@ def apply(config: ModelConfig, params: Params, batch: dict[str, Array], *, key: 
             new_cache = cache._replace(memory=kept.memory, offset=cache.offset + tokens.shape[1])
     table = params["embed"].get("tokens")
     out = Head(config).apply({"params": params.get("head", {})}, x, table,
-                             {"segments": segments, "predict": batch.get("predict")}, logits, keys[0])
+                             {"segments": segments, "predict": batch.get("predict")}, logits, keys[2])
     return out._replace(hidden_states=kept.hidden if hidden_states else None, attentions=kept.weights if attentions else None,
                         cache=new_cache)
 

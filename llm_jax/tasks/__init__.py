@@ -16,7 +16,7 @@ def from_dict(plain: dict[str, Any]) -> Any:
     """The task that `config.to_dict` wrote.
 
     >>> from_dict({"kind": "NextToken", "label_smoothing": 0.0, "z_loss": 0.0})
-    NextToken(label_smoothing=0.0, z_loss=0.0)
+    NextToken(label_smoothing=0.0, z_loss=0.0, overlap=0)
     """
     kind = globals()[choose("task", plain["kind"], __all__)]
     fields = {f.name for f in dataclasses.fields(kind)}

@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from llm_jax.config import fraction
+from llm_jax.config import fraction, positive
 from llm_jax.data.pieces import account, split_long
 from llm_jax.data.tokenizer import Tokenizer
-from llm_jax.errors import DataError
+from llm_jax.errors import ConfigError, DataError
 from llm_jax.losses import LossFn
 from llm_jax.models.config import ModelConfig
 from llm_jax.tasks.base import Example
@@ -32,6 +32,9 @@ class MaskedToken:
 
     def __post_init__(self):
         fraction(self, "task", "rate", "mask", "random", "label_smoothing")
+        positive(self, "task", "z_loss", least=0)
+        if self.mask + self.random > 1:
+            raise ConfigError(f"task.mask {self.mask} and task.random {self.random} are shares of the same tokens: together at most 1")
 
     def lengths(self, length: int) -> dict[str, int]:
         """A single stream."""

@@ -6,10 +6,10 @@ from typing import Any
 
 import numpy as np
 
-from llm_jax.config import fraction
+from llm_jax.config import fraction, positive
 from llm_jax.data.pieces import account, split_long
 from llm_jax.data.tokenizer import Tokenizer
-from llm_jax.errors import DataError
+from llm_jax.errors import ConfigError, DataError
 from llm_jax.losses import Loss, LossFn, cross_entropy
 from llm_jax.models.config import ModelConfig
 from llm_jax.models.transformer import apply
@@ -24,9 +24,12 @@ class NextToken:
     """a of (1 - a) one-hot + a uniform, in training"""
     z_loss: float = 0.0
     """factor of (log Z)^2, in training"""
+    overlap: int = 0
+    """tokens that a window of a long document reads again, unweighted, from the one before: more context, for evaluation"""
 
     def __post_init__(self):
         fraction(self, "task", "label_smoothing")
+        positive(self, "task", "z_loss", "overlap", least=0)
 
     def lengths(self, length: int) -> dict[str, int]:
         """A single stream."""
@@ -37,16 +40,25 @@ class NextToken:
         return 0
 
     def examples(self, record: dict[str, Any], tokenizer: Tokenizer, length: int, long: str, rng: np.random.Generator) -> Iterator[Example]:
-        """Windows of at most `length` inputs; each token of the document is a target once."""
+        """Windows of at most `length` inputs; each token of the document is a target with a weight once.
+
+        Raises:
+            ConfigError: an overlap that leaves no room for new tokens.
+        """
+        if self.overlap >= length:
+            raise ConfigError(f"task.overlap {self.overlap} leaves no room in rows of {length} tokens")
         symbols = document(record["text"], tokenizer)
         inputs, targets = symbols[:-1], symbols[1:]
         text_bytes = len(record["text"].encode())
         windows = split_long(inputs, length, long, record["id"])
         kept = sum(stop - start for start, stop in windows)
         lost = len(inputs) - kept
+        if self.overlap and len(windows) > 1:
+            windows = [windows[0], *((length + a, length + b) for a, b in split_long(inputs[length:], length - self.overlap, "split"))]
         for i, (start, stop) in enumerate(windows):
-            count = stop - start
-            yield {"tokens": inputs[start:stop], "targets": targets[start:stop], "weights": np.ones(count, np.float32),
+            count, first = stop - start, max(0, start - self.overlap)
+            weights = (np.arange(first, stop) >= start).astype(np.float32)
+            yield {"tokens": inputs[first:stop], "targets": targets[first:stop], "weights": weights,
                    "account": account(tokens=count, lost=lost if i == 0 else 0, truncated=float(lost > 0 and i == 0),
                                       bytes=text_bytes * count / len(inputs))}
 

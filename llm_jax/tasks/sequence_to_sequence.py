@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from llm_jax.config import fraction
+from llm_jax.config import fraction, positive
 from llm_jax.data.pieces import Dropped, account
 from llm_jax.data.tokenizer import Tokenizer
 from llm_jax.errors import DataError
@@ -29,6 +29,7 @@ class SequenceToSequence:
 
     def __post_init__(self):
         fraction(self, "task", "label_smoothing")
+        positive(self, "task", "target_length", "z_loss", least=0)
 
     def lengths(self, length: int) -> dict[str, int]:
         """Targets and sources."""

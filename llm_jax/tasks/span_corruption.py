@@ -6,10 +6,10 @@ from typing import Any
 
 import numpy as np
 
-from llm_jax.config import fraction
+from llm_jax.config import fraction, positive
 from llm_jax.data.pieces import account, split_long
 from llm_jax.data.tokenizer import Tokenizer
-from llm_jax.errors import ConfigError
+from llm_jax.errors import ConfigError, DataError
 from llm_jax.losses import LossFn
 from llm_jax.models.config import ModelConfig
 from llm_jax.tasks.base import Example
@@ -31,8 +31,10 @@ class SpanCorruption:
 
     def __post_init__(self):
         fraction(self, "task", "rate", "label_smoothing")
-        if self.span < 1:
-            raise ConfigError(f"task.span is {self.span}: it must be at least 1")
+        positive(self, "task", "span")
+        positive(self, "task", "z_loss", least=0)
+        if self.rate == 1:
+            raise ConfigError("task.rate is 1: some of the text must be left to read")
 
     def spans(self, count: int) -> tuple[int, int]:
         """Noise tokens and noise spans of a text of `count` tokens."""
@@ -57,8 +59,13 @@ class SpanCorruption:
 
     def sentinels(self, tokenizer: Tokenizer) -> np.ndarray:
         """Their ids: <extra_id_0>, ... of the tokenizer, else those above its vocabulary."""
+        if tokenizer.id("<extra_id_0>") is None:
+            return np.arange(tokenizer.vocab_size, tokenizer.vocab_size + SENTINELS, dtype=np.int32)
         known = [tokenizer.id(f"<extra_id_{i}>") for i in range(SENTINELS)]
-        return np.array([tokenizer.vocab_size + i if known[0] is None else known[i] for i in range(SENTINELS)], np.int32)
+        if None in known:
+            raise DataError(f"the tokenizer has <extra_id_0>, but no <extra_id_{known.index(None)}>: span corruption needs all {SENTINELS} "
+                            "sentinels, or none")
+        return np.array(known, np.int32)
 
     def examples(self, record: dict[str, Any], tokenizer: Tokenizer, length: int, long: str, rng: np.random.Generator) -> Iterator[Example]:
         """Windows of the text with fresh noise each time they are drawn."""

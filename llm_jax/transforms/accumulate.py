@@ -31,4 +31,4 @@ def accumulate(slices: int) -> Transform:
 
         return summed
 
-    return Transform(grad=grad)
+    return Transform(grad=grad, label=f"accumulate({slices})")

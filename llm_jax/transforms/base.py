@@ -34,7 +34,7 @@ class Transform(NamedTuple):
     """What a change does to the sizes, the weights, the objective, what is differentiated, and the update.
 
     `params` is jitted with the config (the one before the change) as a static argument; `aux` is what it may need beside the model,
-    such as a calibration batch.
+    such as a calibration batch. `label` is what config and card call the change: its name with its arguments.
     """
 
     config: _ConfigChange = lambda config: config
@@ -42,9 +42,10 @@ class Transform(NamedTuple):
     loss: _LossChange = lambda loss: loss
     grad: _GradChange = lambda grad: grad
     update: _UpdateChange = lambda update: update
+    label: str = "transform"
 
 
-IDENTITY = Transform()
+IDENTITY = Transform(label="identity")
 
 
 def chain(*transforms: Transform) -> Transform:
@@ -72,4 +73,5 @@ def chain(*transforms: Transform) -> Transform:
 
         return wrapped
 
-    return Transform(config, params, wrap("loss"), wrap("grad"), wrap("update"))
+    label = ", ".join(transform.label for transform in transforms if transform is not IDENTITY) or IDENTITY.label
+    return Transform(config, params, wrap("loss"), wrap("grad"), wrap("update"), label)

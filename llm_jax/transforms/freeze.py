@@ -2,9 +2,11 @@
 
 from collections.abc import Sequence
 
+import jax
 import optax
 
 from llm_jax import tree
+from llm_jax.errors import ConfigError
 from llm_jax.losses import GradFn
 from llm_jax.transforms.base import IDENTITY, Transform
 
@@ -20,6 +22,8 @@ def freeze(regexes: Sequence[str]) -> Transform:
 
     def trained(params):
         chosen = tree.mask(params, regexes, "optimizer.freeze")
+        if all(jax.tree.leaves(chosen)):
+            raise ConfigError("optimizer.freeze leaves no parameter to train")
         return tree.split(params, tree.negate(chosen))
 
     def grad(inner: GradFn) -> GradFn:
@@ -38,4 +42,4 @@ def freeze(regexes: Sequence[str]) -> Transform:
 
         return optax.GradientTransformationExtraArgs(lambda params: inner.init(trained(params)[0]), step)
 
-    return Transform(grad=grad, update=update)
+    return Transform(grad=grad, update=update, label=f"freeze({list(regexes)})")

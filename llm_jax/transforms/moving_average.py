@@ -33,4 +33,4 @@ def moving_average(decay: float) -> Transform:
 
         return optax.GradientTransformationExtraArgs(init, step)
 
-    return Transform(update=update)
+    return Transform(update=update, label=f"moving_average({decay})")

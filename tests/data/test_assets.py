@@ -31,7 +31,7 @@ def real():
 @pytest.mark.parametrize("name", assets.ASSETS)
 def test_every_asset_has_texts_and_ids(real, name):
     records = real[name]
-    assert len(records) == assets.ASSETS[name].count
+    assert len(records) == assets.ASSETS[name].size
     assert len({record["id"] for record in records}) == len(records)
     assert all(record["text"].strip() and "\r" not in record["text"] for record in records)
     assert all(set(record) == set(records[0]) for record in records)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import multiprocessing
 
 import numpy as np
 import pytest
@@ -266,10 +267,12 @@ def test_resumes_with_worker_processes():
         for _ in range(12):
             states.append(json.dumps(stream.get_state()))
             rows.append(next(stream))
-    for at in (0, 1, 7):
-        with make() as fresh:
+        stream.set_state(json.loads(states[0]))
+        equal(next(stream), rows[0])
+    with make() as fresh:
+        for at in (1, 6):
             fresh.set_state(json.loads(states[at]))
-            for row in rows[at:at + 4]:
+            for row in rows[at:at + 5]:
                 equal(next(fresh), row)
     with loader([Memory("a", [10] * 3000)], workers=2) as stream:
         rows = take(stream, 8)
@@ -315,6 +318,12 @@ def test_a_small_window_keeps_pieces_near_their_place():
     assert np.mean(together) < 2 < np.mean(apart)
 
 
+def test_a_worker_that_imports_its_own_script_says_so(monkeypatch):
+    monkeypatch.setattr(multiprocessing.current_process(), "_inheriting", True, raising=False)
+    with pytest.raises(ConfigError, match="under if __name__ == '__main__':"):
+        loader(mixed(), workers=1)
+
+
 def test_accounts_are_exact_with_dropped_documents():
     lengths = [0, 5, 90, 0, 0, 12, 33, 7, 200, 0]
     source = Memory("a", lengths, invalid=frozenset({5}))
@@ -329,13 +338,17 @@ def test_accounts_are_exact_with_dropped_documents():
 
 
 def test_nothing_to_use_is_an_error():
-    with pytest.raises(DataError, match="none of 6 documents read in a row yields an example; the last one: a:[012]: it has no tokens"):
+    message = "none of 6 documents read in a row yields an example; the last one: a:[012]: it has no tokens"
+    with pytest.raises(DataError, match=message):
         with loader([Memory("a", [0, 0, 0])]) as rows:
             next(rows)
     with pytest.raises(DataError, match="none of the documents of a yields an example"):
         held([Memory("a", [0, 0, 0])])
     with pytest.raises(DataError, match="document a:[01] has 99 tokens, a row holds 32"):
         with loader([Memory("a", [99, 99])], long="error") as rows:
+            next(rows)
+    with pytest.raises(DataError, match="a:[01]: no field 'body'.*It has: id, text. Set data.text"):
+        with loader([Memory("a", [9, 9])], text="body") as rows:
             next(rows)
     with pytest.raises(DataError, match="process 1 has none"):
         loader([Memory("a", [9])], index=1, count=2)
@@ -407,7 +420,8 @@ def test_split_documents():
     train, heldout = split_documents(1000, 0.05)
     assert len(heldout) == 50 and sorted([*train, *heldout]) == list(range(1000))
     np.testing.assert_array_equal(heldout, split_documents(1000, 0.05)[1])
-    assert [len(part) for part in split_documents(2, 0.01)] == [1, 1] == [len(part) for part in split_documents(2, 0.99)]
+    for fraction in (0.01, 0.99):
+        assert [len(part) for part in split_documents(2, fraction)] == [1, 1]
     with pytest.raises(DataError, match="a: there is a single document"):
         documents(Memory("a", [3]), Data(heldout=0.1), "train")
     with pytest.raises(DataError, match="a: no document is held out"):
@@ -445,7 +459,8 @@ def test_accounting_stops_a_run_that_loses_too_much():
     lengths = [10, 0] * 60
     run = Accounting()
     rows = held([Memory("a", lengths)], task=Copy(empty=300), batch=Batch(2, LENGTH))
-    with pytest.raises(DataError, match=r"50.0% of the documents are dropped \(60 of 120\).*rows have nothing to predict"):
+    message = r"50.0% of the documents are dropped \(60 of 120\).*rows have nothing to predict"
+    with pytest.raises(DataError, match=message):
         for r in rows:
             run.add(r.account)
         run.check(0.05, final=True)

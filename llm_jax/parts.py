@@ -1,0 +1,149 @@
+"""What a run works with, built from its config: data, mesh, initial state, step. Nothing is trained here; that is `loop.py`."""
+
+import dataclasses
+import logging
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from llm_jax import checkpoint, evaluate, optim, sharding, step, tree
+from llm_jax import model as models
+from llm_jax import transforms as tf
+from llm_jax.config import Run
+from llm_jax.data.documents import documents, open_sources
+from llm_jax.data.pipeline import Loader
+from llm_jax.data.tokenizer import Tokenizer, load_tokenizer
+from llm_jax.data.vocabulary import TRAINERS
+from llm_jax.errors import CheckpointError, ConfigError, DataError
+from llm_jax.models import transformer
+from llm_jax.models.config import ModelConfig
+from llm_jax.transforms.accumulate import accumulate
+from llm_jax.transforms.freeze import freeze
+from llm_jax.transforms.moving_average import moving_average
+
+log = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class Parts:
+    """What a run works with, built once from its config."""
+
+    run: Run
+    model: ModelConfig
+    """the sizes after the transforms"""
+    mesh: jax.sharding.Mesh
+    tokenizer: Tokenizer
+    train: Loader
+    heldout: Loader | None
+    schedule: Callable[[Any], Any]
+    """step -> factor of the learning rate, jitted"""
+    init: Callable[[], tuple[step.TrainState, list[str]]]
+    """() -> the state before the first step, and the hashes of the weights that it starts from"""
+    abstract: step.TrainState
+    """shapes and dtypes of the state"""
+    shardings: step.TrainState
+    step: Callable[..., Any]
+    """(state, batch) -> (state, metrics), jitted; the state is donated"""
+    eval_step: Callable[..., Any]
+    """(params, batch, reference) -> sums, jitted"""
+
+    def close(self) -> None:
+        """Release the threads and processes that read."""
+        for loader in (self.train, self.heldout):
+            if loader is not None:
+                loader.close()
+
+
+def transform_of(run: Run) -> tf.Transform:
+    """The transforms of a config, those that its plain fields ask for among them; freezing is outermost, since it hides params."""
+    return tf.chain(accumulate(run.batch.accumulate), *run.transforms, moving_average(run.optimizer.moving_average),
+                    freeze(run.optimizer.freeze))
+
+
+def build(run: Run) -> Parts:
+    """Open the data, make the mesh, and compile nothing yet.
+
+    Raises:
+        UserError: whatever in the config, the data or the machine does not fit together.
+    """
+    mesh = sharding.make_mesh(run.mesh)
+    sharding.check_batch(mesh, run.batch.size // run.batch.accumulate, run.batch.length)
+    if run.batch.length > run.model.max_length and run.model.positions == "learned":
+        raise ConfigError(f"batch.length {run.batch.length} is longer than the model's table of positions, model.max_length {run.model.max_length}")
+    sources = open_sources(run.data, "train")
+    tokenizer = _tokenizer(run, sources)
+    model = transform_of(run).config(run.model)
+    needed = tokenizer.vocab_size + run.task.extra_tokens(tokenizer)
+    if needed > model.vocab_size:
+        raise DataError(f"the tokenizer has {needed} entries, the model's vocabulary {model.vocab_size}: set model.vocab_size={needed} or more")
+    place = dict(process_index=jax.process_index(), process_count=jax.process_count())
+    train = Loader(sources, tokenizer, run.task, run.data, run.batch, run.seed, "train", **place)
+    heldout = None
+    if run.data.heldout or run.data.heldout_sources:
+        heldout = Loader(open_sources(run.data, "heldout"), tokenizer, run.eval.task or run.task, run.data, run.batch, run.seed, "heldout", **place)
+    return assemble(run, mesh, tokenizer, train, heldout)
+
+
+def _tokenizer(run: Run, sources: list[Any]) -> Tokenizer:
+    """That of the run's checkpoints, else of the model it starts from where the config names none that exists, else the config's."""
+    for at in reversed(checkpoint.steps(run.folder)):
+        try:
+            return Tokenizer.from_json(checkpoint.read_texts(run.folder / "checkpoints" / str(at))["tokenizer.json"])
+        except (CheckpointError, KeyError):  # damaged: told when the weights are restored
+            continue
+    started = None if run.start == "fresh" else checkpoint.read_texts(Path(run.start)).get("tokenizer.json")
+    if started is not None and run.data.tokenizer.partition(":")[0] in TRAINERS:
+        return Tokenizer.from_json(started)
+    tokenizer = load_tokenizer(run.data.tokenizer, lambda: _texts(run, sources))
+    if started is not None and Tokenizer.from_json(started).fingerprint != tokenizer.fingerprint:
+        log.warning("data.tokenizer %s is not the tokenizer of %s, whose weights know other ids", run.data.tokenizer, run.start)
+    return tokenizer
+
+
+def _texts(run: Run, sources: list[Any]) -> Iterator[str]:
+    """The texts of the documents that are not held out, for training a tokenizer."""
+    for source in sources:
+        for index in documents(source, run.data, "train"):
+            record = source[int(index)]
+            yield from (record[field] for field in (run.data.text, run.data.target) if isinstance(record.get(field), str))
+
+
+def assemble(run: Run, mesh: jax.sharding.Mesh, tokenizer: Tokenizer, train: Loader, heldout: Loader | None) -> Parts:
+    """The functions of a run: initial state, step, evaluation step, with their shardings."""
+    change = transform_of(run)
+    model = change.config(run.model)
+    shapes, axes = transformer.shapes(model), transformer.axes(model)
+    schedule = jax.jit(optim.make_schedule(run.schedule, run.steps))
+    optimizer = change.update(optim.make_optimizer(run.optimizer, schedule, shapes, axes))
+    loss = change.loss(run.task.loss(model))
+    judged = change.loss((run.eval.task or run.task).loss(model))
+    grad = change.grad(step.differentiate(loss))
+
+    def init(key: Any, started: Any) -> step.TrainState:
+        first, second, third = jax.random.split(key, 3)
+        params = transformer.init(run.model, first) if started is None else started
+        return step.init_state(change.params(run.model, params, second, None), optimizer, third)
+
+    key = jax.random.key(run.seed)
+    begin = None if run.start == "fresh" else models.abstract_params(run.model, mesh)
+    abstract = jax.eval_shape(init, key, begin)
+    placed = sharding.state_shardings(mesh, abstract, sharding.params_shardings(mesh, axes, shapes))
+
+    def start() -> tuple[step.TrainState, list[str]]:
+        started, parents = None, []
+        if begin is not None:
+            started, card, _ = checkpoint.load_params(Path(run.start), begin)
+            parents = [card["hashes"]["params"]]
+        return jax.jit(init, out_shardings=placed)(key, started), parents
+
+    update = jax.jit(step.make_step(loss, grad, optimizer), donate_argnums=0, out_shardings=(placed, None))
+    return Parts(run, model, mesh, tokenizer, train, heldout, schedule, start, abstract, placed, update, evaluate.make_eval_step(judged))
+
+
+def describe(parts: Parts) -> str:
+    """What is about to happen: parameters and mesh."""
+    count = tree.size(parts.abstract.params)
+    mesh = ", ".join(f"{axis}={n}" for axis, n in parts.mesh.shape.items() if n > 1) or "one device"
+    return f"{count / 1e6:.2f}M parameters on {mesh} ({jax.devices()[0].device_kind})"

@@ -1,0 +1,42 @@
+"""Fixtures that several test files use. The settings of jax are in the conftest.py above this folder."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import pytest
+
+from llm_jax import config, sharding
+from llm_jax.data import assets
+from llm_jax.data.tokenizer import Tokenizer, load_tokenizer
+
+
+@pytest.fixture(scope="session")
+def mesh() -> Callable[..., jax.sharding.Mesh]:
+    """`mesh(fsdp=2, tensor=4)`: a mesh of these sizes over as many devices as they multiply to; `mesh()` is one device."""
+
+    def make(data: int = 1, fsdp: int = 1, tensor: int = 1, context: int = 1) -> jax.sharding.Mesh:
+        sizes = config.Mesh(data=data, fsdp=fsdp, tensor=tensor, context=context)
+        return sharding.make_mesh(sizes, jax.devices()[: data * fsdp * tensor * context])
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of 24 text files, a State of the Union address each, one in ten of those from 1790 to 2026, cut to 4000 characters.
+
+    Read them as `text:{corpus}/*.txt`. They are real and small; do not write to the folder.
+    """
+    folder = tmp_path_factory.mktemp("corpus")
+    records = [json.loads(line) for line in assets.records("sotu").read_text(encoding="utf-8").splitlines()]
+    for number, record in enumerate(records[5::10][:24]):
+        (folder / f"{number:02d}.txt").write_text(record["text"][:4000], encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tokenizer(corpus: Path) -> Tokenizer:
+    """A byte-level BPE of 512 entries, trained on the corpus."""
+    return load_tokenizer("bpe:512", [path.read_text(encoding="utf-8") for path in sorted(corpus.glob("*.txt"))])
