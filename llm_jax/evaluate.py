@@ -103,7 +103,8 @@ def evaluate_checkpoint(path: str, sources: tuple[str, ...] = (), length: int = 
     saved = loaded.card["config"]
     try:
         task = tasks.from_dict(saved["eval"]["task"] or saved["task"])
-        data = config.Data(**{name: tuple(map(_tuple, x)) if isinstance(x, list) else x for name, x in saved["data"].items()})
+        plain: dict[str, Any] = {name: tuple(map(_tuple, x)) if isinstance(x, list) else x for name, x in saved["data"].items()}
+        data = config.Data(**plain)
         batch = config.Batch(size=rows or saved["batch"]["size"], length=length or saved["batch"]["length"])
     except (KeyError, TypeError) as e:
         raise CheckpointError(f"the card of {path} describes no run of this version ({e})") from e

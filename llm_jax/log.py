@@ -104,7 +104,8 @@ def draw_curves(folder: Path) -> Path:
         if points:
             top.plot(*zip(*points), label=label, **style)
     top.set_ylabel("loss (nats a token)")
-    top.legend(frameon=False)
+    if top.lines:
+        top.legend(frameon=False)
     rates = [(e["step"], e["learning_rate"]) for e in entries if "learning_rate" in e]
     if rates:
         bottom.plot(*zip(*rates), color="C1")

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from llm_jax import card as cards
-from llm_jax import checkpoint, evaluate, flops, generate, optim, sharding, step
+from llm_jax import checkpoint, evaluate, flops, generation, optim, sharding, step
 from llm_jax import log as logs
 from llm_jax.config import Run, show, to_dict
 from llm_jax.data.accounting import Accounting
@@ -261,7 +261,7 @@ class _Session:
         if not prompts or model.architecture == "encoder":
             return []
         params = optim.eval_params(self.state.opt_state, self.state.params)
-        texts = generate.generate(model, params, self.parts.tokenizer, prompts, max_new_tokens=self.run.eval.max_new_tokens, temperature=0.8,
+        texts = generation.generate(model, params, self.parts.tokenizer, prompts, max_new_tokens=self.run.eval.max_new_tokens, temperature=0.8,
                                   top_p=0.95, seed=self.run.seed)
         return [{"prompt": prompt, "text": text} for prompt, text in zip(prompts, texts)]
 

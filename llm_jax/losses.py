@@ -57,14 +57,17 @@ def cross_entropy(outputs: Outputs, targets: Int[Array, "B S"], weights: Float[A
 
 def log_probabilities(outputs: Outputs, targets: Int[Array, "B S"]) -> Float[Array, "B S"]:
     """log softmax(hidden kernel^T + bias)[target] of each token, in chunks."""
+    hidden, kernel = outputs.hidden, outputs.kernel
+    assert kernel is not None, "the model has no head over the vocabulary"
+
     def chunk(_, part):
         hidden, target = part
-        logits = _logits(_flat(hidden), outputs.kernel, outputs.bias)
+        logits = _logits(_flat(hidden), kernel, outputs.bias)
         found = jnp.take_along_axis(jax.nn.log_softmax(logits), _flat(target)[:, None], axis=-1)
         return None, found.reshape(target.shape)
 
-    count = _chunks(*outputs.hidden.shape[:2], outputs.kernel.shape[0])
-    _, found = jax.lax.scan(chunk, None, (_cut(outputs.hidden, count), _cut(targets, count)))
+    count = _chunks(hidden.shape[0], hidden.shape[1], kernel.shape[0])
+    _, found = jax.lax.scan(chunk, None, (_cut(hidden, count), _cut(targets, count)))
     return _join(found, targets.shape[1])
 
 
@@ -126,7 +129,7 @@ def _fused(hidden, kernel, bias, targets, weights, smoothing, z_loss, biased):
         found, _ = _sums(_logits(hidden, kernel, bias if biased else None), targets, weights, smoothing, z_loss)
         return jax.tree.map(jnp.add, sums, found), None
 
-    count = _chunks(*hidden.shape[:2], kernel.shape[0])
+    count = _chunks(hidden.shape[0], hidden.shape[1], kernel.shape[0])
     zero = (jnp.zeros(()),) * 3
     return jax.lax.scan(chunk, zero, (_cut(hidden, count), _cut(targets, count), _cut(weights, count)), unroll=_unroll(count))[0]
 
@@ -152,7 +155,7 @@ def _fused_forward(hidden, kernel, bias, targets, weights, smoothing, z_loss, bi
         d_kernel = d_kernel + jnp.einsum("nv,nd->vd", d_logits, hidden, preferred_element_type=jnp.float32)
         return (jax.tree.map(jnp.add, sums, found), d_kernel, d_bias), d_hidden.reshape(part[0].shape)
 
-    count = _chunks(*hidden.shape[:2], vocab)
+    count = _chunks(hidden.shape[0], hidden.shape[1], kernel.shape[0])
     start = ((jnp.zeros(()),) * 3, jnp.zeros(kernel.shape, jnp.float32), jnp.zeros(bias.shape, jnp.float32))
     parts = (_cut(hidden, count), _cut(targets, count), _cut(weights, count))
     (sums, d_kernel, d_bias), d_hidden = jax.lax.scan(chunk, start, parts, unroll=_unroll(count))

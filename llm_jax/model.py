@@ -9,8 +9,7 @@ from typing import Any
 import jax
 from jaxtyping import Array
 
-from llm_jax import checkpoint, sharding, transforms, tree
-from llm_jax import generate as generation
+from llm_jax import checkpoint, generation, sharding, transforms, tree
 from llm_jax.card import Card, code_version, content_hash, library_versions
 from llm_jax.config import to_dict
 from llm_jax.data.tokenizer import Tokenizer
@@ -77,7 +76,7 @@ def _apply(config: ModelConfig, params: Any, batch: dict[str, Array], options: t
 
 
 def generate(model: Model, prompts: str | list[str], **options: Any) -> list[str]:
-    """The continuation of each prompt; see `llm_jax.generate.generate` for the options."""
+    """The continuation of each prompt; see `llm_jax.generation.generate` for the options."""
     if model.tokenizer is None:
         raise UserError("this model has no tokenizer: load one with it, or give Model(config, params, tokenizer)")
     return generation.generate(model.config, model.params, model.tokenizer, [prompts] if isinstance(prompts, str) else prompts, **options)

@@ -44,7 +44,7 @@ def optimizers() -> dict[str, Callable[..., Any]]:
     schedule_free_sgd), what differentiates each example (dpsgd), and the building blocks (scale_by_...). galore projects the
     tables of embeddings alone, since it knows no stacked layers.
     """
-    found = {}
+    found: dict[str, Callable[..., Any]] = {}
     for module in (optax.contrib, optax):
         for name, function in vars(module).items():
             if (inspect.isfunction(function) and not name.startswith(("_", "scale_by_")) and set(RATES) & set(_parameters(function))

@@ -46,8 +46,8 @@ def differentiate(loss: LossFn) -> GradFn:
 
 def init_state(params: Any, optimizer: optax.GradientTransformation, key: Array, reference: dict[str, Any] | None = None) -> TrainState:
     """The state before the first update."""
-    zero = jnp.zeros((), jnp.int32)
-    return TrainState(zero, params, optimizer.init(params), key, zero, zero, reference or {})
+    step, skipped, in_a_row = (jnp.zeros((), jnp.int32) for _ in range(3))  # each a buffer of its own, so that all can be donated
+    return TrainState(step, params, optimizer.init(params), key, skipped, in_a_row, reference or {})
 
 
 def make_step(loss: LossFn, grad: GradFn, optimizer: optax.GradientTransformationExtraArgs):

@@ -1,6 +1,7 @@
 """Eight devices give what one gives: losses, gradients and updates, of every architecture, on every kind of mesh; and the rules of placing."""
 
 import functools
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -26,6 +27,14 @@ MODELS: dict[str, tuple[ModelConfig, Any]] = {
 MESHES = [dict(data=8), dict(fsdp=8), dict(tensor=2), dict(tensor=4), dict(context=2), dict(data=2, fsdp=2, tensor=2), dict(fsdp=4, tensor=2),
           dict(data=2, tensor=2, context=2), dict(fsdp=2, context=4)]
 SOME = [MESHES[1], MESHES[5], MESHES[7]]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def unoptimised() -> Iterator[None]:
+    """Machine code that is not optimised: these programs are compiled once and run for milliseconds."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
 
 
 class Case(NamedTuple):
@@ -96,42 +105,34 @@ def test_loss_and_gradients_equal_those_of_one_device(name, sizes, mesh):
 def test_dropout_is_the_same_on_every_mesh(mesh):
     """What is dropped depends on the key and the place in the global batch, not on the device that holds it."""
     sizes, task = MODELS["decoder"]
-    sizes, params, batch = sizes.replace(dropout=0.3), case("decoder").params, case("decoder").batch
-    loss = task.loss(sizes)
-    one = jax.jit(lambda params, batch: loss(params, batch, jax.random.key(0, impl="rbg"), {}).total)
-    del one  # only the default keys promise it
-    program = jax.jit(lambda params, batch: loss(params, batch, jax.random.key(3), {}).total)
-    expected = float(program(params, batch))
-    devices = mesh(data=2, tensor=2, context=2)
+    sizes, batch, devices = sizes.replace(dropout=0.3, layers=1), make_batch("decoder"), mesh(data=2, tensor=2, context=2)
+    loss, params = task.loss(sizes), random_params(sizes)
+    program = jax.jit(lambda params, batch, key: loss(params, batch, key, {}).total)
+    expected, other = (float(program(params, batch, jax.random.key(seed))) for seed in (3, 4))
     with jax.set_mesh(devices):
-        found = program(params, sharding.put(batch, devices))
-    np.testing.assert_allclose(float(found), expected, rtol=1e-5)
-    assert abs(expected - float(case("decoder").expected[0].total)) > 1
+        found = float(program(params, sharding.put(batch, devices), jax.random.key(3)))
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+    assert abs(expected - other) > 1e-2
 
 
-@pytest.mark.parametrize("sizes", [dict(data=2, fsdp=2, tensor=2)], ids=str)
-def test_an_update_equals_that_of_one_device(sizes, mesh):
+def test_an_update_equals_that_of_one_device(mesh):
     """AdamW with decay and clipping, through the step that training takes; params and moments keep their places."""
-    c, devices = case("decoder"), mesh(**sizes)
+    c, devices = case("decoder"), mesh(data=2, fsdp=2, tensor=2)
     shapes, axes = transformer.shapes(c.config), transformer.axes(c.config)
     settings = config.Optimizer(name="adamw", learning_rate=1e-2, weight_decay=0.1, arguments=(("eps", 1e-5),), clip=0.5)
     optimizer = optim.make_optimizer(settings, lambda _: jnp.ones(()), shapes, axes)
     update = step.make_step(c.task.loss(c.config), c.grad, optimizer)
-
-    def two(params, batch):
-        state, _ = update(step.init_state(params, optimizer, jax.random.key(0)), batch)
-        return update(state, batch)
-
-    expected, metrics = jax.device_get(jax.jit(lambda *args: (lambda s, m: ((s.params, s.opt_state), m))(*two(*args)))(c.params, c.batch))
-    state = jax.eval_shape(lambda params: step.init_state(params, optimizer, jax.random.key(0)), shapes)
-    placed = sharding.state_shardings(devices, state, sharding.params_shardings(devices, axes, shapes))
+    begin = jax.jit(lambda params: step.init_state(params, optimizer, jax.random.key(0)))
+    state, metrics = jax.jit(update)(begin(c.params), c.batch)
+    expected, metrics = jax.device_get(((state.params, state.opt_state), metrics))
+    placed = sharding.state_shardings(devices, jax.eval_shape(begin, shapes), sharding.params_shardings(devices, axes, shapes))
     with jax.set_mesh(devices):
-        params = jax.device_put(c.params, placed.params)
-        state, found = jax.jit(two, out_shardings=(placed, None))(params, sharding.put(c.batch, devices))
+        state = jax.device_put(begin(c.params), placed)
+        state, found = jax.jit(update, out_shardings=(placed, None), donate_argnums=0)(state, sharding.put(c.batch, devices))
     close((state.params, state.opt_state), expected)
     close(found, metrics)
     moved = max(float(np.abs(a - b).max()) for a, b in zip(jax.tree.leaves(expected[0]), jax.tree.leaves(c.params)))
-    assert moved > 0.01 and int(state.step) == 2
+    assert moved > 0.005 and int(state.step) == 1
     assert jax.tree.map(lambda x: x.sharding.spec, state.params) == jax.tree.map(lambda s: s.spec, placed.params)
 
 
@@ -228,4 +229,4 @@ def test_constrain_without_a_mesh_is_the_identity(mesh):
     with jax.set_mesh(mesh()):
         assert sharding.constrain(x, "batch", "length") is x
     with jax.set_mesh(mesh(data=4, context=2)):
-        assert sharding.constrain(x, "batch", "length").sharding.spec == P("data", "context")
+        assert jax.jit(lambda x: sharding.constrain(x, "batch", "length"))(x).sharding.spec == P("data", "context")

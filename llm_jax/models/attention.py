@@ -4,7 +4,7 @@ cuDNN on GPU through `jax.nn.dot_product_attention`, einsums elsewhere. All form
 """
 
 import functools
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -53,7 +53,7 @@ def attend(q: Float[Array, "B S H E"], k: Float[Array, "B T K E"], v: Float[Arra
     return _einsum(q, k, v, mask.allowed(), bias, scale, dropout_rate if dropping else 0.0, key, want_weights)
 
 
-def _gpu_form(q: Array) -> str:
+def _gpu_form(q: Array) -> Literal["cudnn", "xla"]:
     """cuDNN works in half precision on heads whose size is a multiple of 8."""
     return "cudnn" if q.dtype in (jnp.bfloat16, jnp.float16) and q.shape[-1] % 8 == 0 else "xla"
 
@@ -105,15 +105,15 @@ def _blocked_backward(causal, scale, saved, d_out):
     groups = q.shape[2]
     d_out = _heads_first(d_out, groups)
     shared = jnp.sum(d_out.astype(jnp.float32) * out, axis=-1, keepdims=True)
-    d_q, d_k, d_v = [], jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32)
+    parts, d_k, d_v = [], jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32)
     for (s, t), weights in zip(_blocks(q.shape[3], causal), kept):
         d_here = d_out[:, :, :, s]
         d_v = d_v.at[:, :, t].add(jnp.einsum("bkgst,bkgse->bkte", weights, d_here))
         d_weights = jnp.einsum("bkgse,bkte->bkgst", d_here, v[:, :, t], preferred_element_type=jnp.float32)
         d_scores = (weights * (d_weights - shared[:, :, :, s])).astype(q.dtype)
-        d_q.append(jnp.einsum("bkgst,bkte->bkgse", d_scores, k[:, :, t]))
+        parts.append(jnp.einsum("bkgst,bkte->bkgse", d_scores, k[:, :, t]))
         d_k = d_k.at[:, :, t].add(jnp.einsum("bkgst,bkgse->bkte", d_scores, q[:, :, :, s]))
-    d_q = _heads_last(jnp.concatenate(d_q, axis=3) * jnp.asarray(scale, q.dtype))
+    d_q = _heads_last(jnp.concatenate(parts, axis=3) * jnp.asarray(scale, q.dtype))
     return d_q, jnp.moveaxis(d_k, 1, 2).astype(k.dtype), jnp.moveaxis(d_v, 1, 2).astype(v.dtype), None
 
 

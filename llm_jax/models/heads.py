@@ -80,7 +80,8 @@ class Head(nn.Module):
             x = Norm(c, name="norm")(ACTIVATIONS[c.mlp.removeprefix("gated_")](x))
         if c.logits_scale and c.tie_embeddings:
             x = x * c.dim**-0.5
-        kernel = table if c.tie_embeddings else parameter(self, "kernel", (c.vocab_size, c.dim), ("vocab", "embed"))
+        assert table is not None or not c.tie_embeddings
+        kernel: Any = table if c.tie_embeddings else parameter(self, "kernel", (c.vocab_size, c.dim), ("vocab", "embed"))
         bias = None
         if c.head == "mlm" or c.logits_bias:
             bias = parameter(self, "bias", (c.vocab_size,), ("vocab",), value=0.0)

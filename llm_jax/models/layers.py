@@ -6,8 +6,9 @@ How layers are stacked and what a family is made of stands in `transformer.py`.
 
 import functools
 import math
+import operator
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import flax.linen as nn
 import jax
@@ -49,7 +50,7 @@ def parameter(module: nn.Module, name: str, shape: tuple[int, ...], axes: tuple[
         init: Any = nn.initializers.constant(value)
     else:
         init = nn.initializers.normal(INIT_SCALE if fan_in is None else fan_in**-0.5)
-    return module.param(name, lambda *args: Named(init(*args), names=axes), shape, jnp.float32)  # type: ignore[arg-type]
+    return cast(Array, module.param(name, lambda *args: Named(init(*args), names=axes), shape, jnp.float32))
 
 
 def sinusoidal(positions: Int[Array, "B S"], dim: int) -> Float[Array, "B S D"]:
@@ -105,7 +106,7 @@ def contract(x: Array, w: Array, over: int = 1) -> Array:
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
 def unstack(stacked: Any, depth: int) -> tuple[Any, ...]:
     """The tree of each layer from leaves with a leading axis of layers; the gradient is put together once, not added up layer by layer."""
-    return tuple(jax.tree.map(lambda x: x[i], stacked) for i in range(depth))
+    return tuple(jax.tree.map(operator.itemgetter(i), stacked) for i in range(depth))
 
 
 unstack.defvjp(lambda stacked, depth: (unstack(stacked, depth), None),
@@ -189,11 +190,12 @@ class Attention(nn.Module):
         return y if self.config.bias == "none" else y + getattr(self, f"{name}_bias").astype(x.dtype)
 
     def keys_and_values(self, source: Float[Array, "B T D"], positions: Int[Array, "B T"] | None = None) -> Memory:
-        """What queries look up in `source`."""
+        """What queries look up in `source`; positions are read where they are rotary."""
         k = self.project("key", source)
         if self.config.qk_norm:
             k = self.key_norm(k)
         if self.config.positions == "rotary" and not self.cross:
+            assert positions is not None
             k = rotary(k, positions, self.config.rotary_base)
         return k, self.project("value", source)
 

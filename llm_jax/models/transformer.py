@@ -5,7 +5,7 @@ are scanned on accelerators, where it keeps the program small, and unrolled on C
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import flax.linen as nn
 import jax
@@ -64,6 +64,7 @@ class Block(nn.Module):
             return y
 
         def cross_attention(y: Array) -> Array:
+            assert seen.cross_mask is not None
             y, kept["cross"], _ = Attention(c, cross=True, name="cross")(y, seen.encoded, seen.cross_mask, None, cross_memory, keys[1])
             return y
 
@@ -170,7 +171,7 @@ def _stack(config: ModelConfig, cross: bool, stacked: Any, x: Array, seen: Seen,
     module = Block(config, cross)
 
     def layer(x: Array, weights: Params, memory: Any, cross_memory: Any, key: Array | None) -> tuple[Array, Kept]:
-        x, kept = module.apply({"params": weights}, x, seen, memory, cross_memory, key, want_weights)  # type: ignore[misc]
+        x, kept = cast(Any, module.apply)({"params": weights}, x, seen, memory, cross_memory, key, want_weights)
         return x, Kept(kept.memory if memory is not None else None, kept.cross if memory is not None else None,
                        kept.hidden if keep_hidden else None, kept.weights)
 
@@ -181,13 +182,13 @@ def _stack(config: ModelConfig, cross: bool, stacked: Any, x: Array, seen: Seen,
     keys = None if key is None else jax.random.split(key, depth)
     if memory is None and not isinstance(stacked, tuple) and jax.default_backend() != "cpu":
         return jax.lax.scan(lambda x, each: layer(x, each[0], None, None, each[1]), x, (stacked, keys))
-    kept = []
+    kept: list[Any] = []
     for i, weights in enumerate(stacked if isinstance(stacked, tuple) else unstack(stacked, depth)):
         x, one = layer(x, weights, memory[i] if memory else None, cross_memory[i] if cross_memory else None,
                        None if keys is None else keys[i])
         kept.append(one)
     if memory is not None:
-        return x, Kept(tuple(k.memory for k in kept), tuple(k.cross for k in kept), None, None)
+        return x, Kept(cast(Any, tuple(k.memory for k in kept)), cast(Any, tuple(k.cross for k in kept)), None, None)
     return x, jax.tree.map(lambda *leaves: jnp.stack(leaves), *kept)
 
 
@@ -269,7 +270,7 @@ def apply(config: ModelConfig, params: Params, batch: dict[str, Array], *, key: 
         if cache is not None:
             new_cache = cache._replace(memory=kept.memory, offset=cache.offset + tokens.shape[1])
     table = params["embed"].get("tokens")
-    out = Head(config).apply({"params": params.get("head", {})}, x, table,
+    out = cast(Any, Head(config).apply)({"params": params.get("head", {})}, x, table,
                              {"segments": segments, "predict": batch.get("predict")}, logits, keys[2])
     return out._replace(hidden_states=kept.hidden if hidden_states else None, attentions=kept.weights if attentions else None,
                         cache=new_cache)
@@ -289,5 +290,5 @@ def cross_cache(config: ModelConfig, params: Params, batch: dict[str, Array], ca
     stacked = params["decoder"]["layers"]
     each = stacked if isinstance(stacked, tuple) else unstack(stacked, config.decoder_depth)
     attention = Attention(config, cross=True)
-    cross = tuple(attention.apply({"params": weights["cross"]}, encoded, method="keys_and_values") for weights in each)
+    cross = tuple(cast(Any, attention.apply)({"params": weights["cross"]}, encoded, method="keys_and_values") for weights in each)
     return cache._replace(cross=cross, cross_segments=segments)

@@ -24,8 +24,7 @@ def accumulate(slices: int) -> Transform:
                 found = inner(params, part[0], part[1], reference)
                 return jax.tree.map(jnp.add, carry, found), None
 
-            shapes = jax.eval_shape(lambda b: inner(params, b, None if key is None else keys[0], reference),
-                                    jax.tree.map(lambda x: x[0], parts))
+            shapes = jax.eval_shape(lambda part: inner(params, *part, reference), jax.tree.map(lambda x: x[0], (parts, keys)))
             zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
             return jax.lax.scan(one, zeros, (parts, keys))[0]
 

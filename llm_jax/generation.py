@@ -111,6 +111,7 @@ def _decode(config: ModelConfig, params: Any, going: _Going, sampling: Sampling,
         token = jnp.where(going.done, end, choose_token(jnp.where(named, going.logits, -jnp.inf), going.seen, sampling, key, going.step))
         done = going.done | (token == end)
         outputs = transformer.apply(config, params, {"tokens": token[:, None], "positions": going.positions[:, None]}, cache=going.cache)
+        assert outputs.logits is not None
         seen = going.seen.at[jnp.arange(rows), token].set(True)
         return (_Going(outputs.cache, outputs.logits[:, 0], going.positions + 1, seen, done, going.step + 1), made.at[i].set(token), i + 1)
 

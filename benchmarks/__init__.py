@@ -1,0 +1,1 @@
+"""One script a claim. Each writes results/NAME.json; `python -m benchmarks` prints them all."""

@@ -1,0 +1,107 @@
+"""Every file in configs/: it loads, its own sizes fit together, its header says how to run it, and a shrunk copy takes two steps."""
+
+import ast
+import dataclasses
+import json
+import math
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from llm_jax import config, loop, optim, sharding, step
+from llm_jax.config import Run, load, override, show
+from llm_jax.errors import ConfigError
+from llm_jax.models import transformer
+from llm_jax.tasks.span_corruption import SENTINELS, SpanCorruption
+
+ROOT = Path(__file__).parents[1]
+FILES = sorted((ROOT / "configs").glob("*.py"))
+EACH = pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+LENGTH, VOCABULARY = 24, 512
+WORDS = ("the state of the union is strong", "fellow citizens", "commerce with foreign nations", "a more perfect peace", "we the people")
+
+
+def shrunk(run: Run, folder: Path) -> Run:
+    """The run at a size for a test: the same task, family, optimizer, schedule and transforms on a few sentences."""
+    rng = np.random.default_rng(0)
+    lines = [json.dumps({run.data.text: " ".join(rng.choice(WORDS, n)), run.data.target: str(rng.choice(WORDS))}) for n in rng.integers(1, 9, 64)]
+    (folder / "corpus.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    model, rows = run.model, len(jax.devices()) * run.batch.accumulate
+    small = dict(vocab_size=VOCABULARY, max_length=LENGTH, layers=2, dim=32, heads=4)
+    small |= {name: n for name, n in dict(decoder_layers=3, kv_heads=2, head_dim=8, mlp_dim=48).items() if getattr(model, name)}
+    try:
+        sharding.make_mesh(run.mesh)
+        mesh = run.mesh
+    except ConfigError:
+        mesh = config.Mesh(data=-1)
+    return dataclasses.replace(
+        run, workdir=str(folder / "run"), start="fresh", steps=2, log_every=1, mesh=mesh, model=model.replace(**small),
+        data=dataclasses.replace(run.data, sources=(f"jsonl:{folder}/corpus.jsonl",), weights=(), heldout=0.2, heldout_sources=(), window=32, workers=0,
+                                 buckets=(16, LENGTH) if run.data.buckets else (), tokenizer="wordpiece:200" if model.architecture == "encoder" else "bpe:300"),
+        batch=dataclasses.replace(run.batch, size=rows, length=LENGTH),
+        checkpoint=dataclasses.replace(run.checkpoint, every=1000),
+        eval=dataclasses.replace(run.eval, every=0, batches=1, prompts=run.eval.prompts[:1], max_new_tokens=3))
+
+
+def test_there_are_configs():
+    assert {"quickstart", "gpt2_small", "bert_mlm", "t5_spans", "llama2_7b"} <= {path.stem for path in FILES}
+
+
+@EACH
+def test_it_loads(path):
+    run = load(path)
+    assert run.name == path.stem, "runs/NAME is named after the file"
+    assert override(run, ["--config.seed=5"]) == dataclasses.replace(run, seed=5)
+    assert show(run)
+
+
+@EACH
+def test_its_header_gives_the_command(path):
+    header = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+    assert f"python train.py --config=configs/{path.name}" in header
+    assert header.splitlines()[0].endswith("."), "the first line says what is trained on what"
+
+
+@EACH
+def test_its_own_sizes_fit_together(path):
+    """By `eval_shape`, without memory: params and moments of the real model; the tokenizer fits its vocabulary, the rows its mesh and positions."""
+    run = load(path)
+    change = loop.transform_of(run)
+    sizes = change.config(run.model)
+    shapes, axes = transformer.shapes(sizes), transformer.axes(sizes)
+    optimizer = change.update(optim.make_optimizer(run.optimizer, optim.make_schedule(run.schedule, run.steps), shapes, axes))
+
+    def init(key):
+        params = change.params(run.model, transformer.init(run.model, key), key, None)
+        return step.init_state(params, optimizer, key)
+
+    state = jax.eval_shape(init, jax.random.key(0))
+    assert jax.tree.structure(state.params) == jax.tree.structure(shapes)
+    assert all(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(state.params))
+    kind, _, entries = run.data.tokenizer.partition(":")
+    if entries.isdecimal():
+        assert int(entries) + (SENTINELS if isinstance(run.task, SpanCorruption) else 0) <= run.model.vocab_size
+    assert run.batch.length <= run.model.max_length
+    over = math.prod(max(1, n) for n in (run.mesh.data, run.mesh.fsdp))
+    assert (run.batch.size // run.batch.accumulate) % over == 0
+    assert 0 <= run.schedule.warmup < run.steps
+
+
+@EACH
+def test_a_shrunk_copy_takes_two_steps(path, tmp_path, capsys):
+    run = shrunk(load(path), tmp_path)
+    result = loop.train(run)
+    folder = tmp_path / "run"
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    losses = [line["loss"] for line in lines if "loss" in line]
+    assert [line["step"] for line in lines if "loss" in line] == [1, 2]
+    assert all(0.3 * math.log(VOCABULARY) < x < 3 * math.log(VOCABULARY) for x in losses)
+    assert result["steps"] == 2 and result["skipped"] == 0 and math.isfinite(result["eval"]["loss"])
+    assert len(result["samples"]) == (min(1, len(run.eval.prompts)) if run.model.architecture != "encoder" else 0)
+    assert json.loads((folder / "result.json").read_text(encoding="utf-8")) == result
+    assert json.loads((folder / "card.json").read_text(encoding="utf-8"))["config"] == json.loads(json.dumps(config.to_dict(run)))
+    assert all(Path(where).exists() for where in result["paths"].values())
+    told = capsys.readouterr()
+    assert all(line in told.out + told.err for line in show(run).splitlines()), "the resolved config is printed"
