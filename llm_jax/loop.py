@@ -227,7 +227,7 @@ class _Session:
         if skipped and self.at < self.run.steps:
             log.warning("step %d is not saved: its update and %d before it were skipped", self.at, skipped - 1)
             return
-        if skipped or not all(jax.device_get(_finite(jax.tree.leaves(params)))):
+        if skipped or not all(jax.device_get(_finite(jax.tree.leaves((params, rest.get("params")))))):
             self.stop(f"step {self.at}: {'its update was skipped' if skipped else 'the weights are not finite'}, so it is not saved")
         parts = self.parts
         data = {"loader": gather(parts.train.get_state()), "accounting": self.totals()}

@@ -5,12 +5,13 @@ import dataclasses
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
 import pytest
 
-from llm_jax import config, loop, optim, sharding, step
+from llm_jax import config, loop, optim, parts, sharding, step
 from llm_jax.config import Run, load, override, show
 from llm_jax.errors import ConfigError
 from llm_jax.models import transformer
@@ -21,6 +22,11 @@ FILES = sorted((ROOT / "configs").glob("*.py"))
 EACH = pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 LENGTH, VOCABULARY = 24, 512
 WORDS = ("the state of the union is strong", "fellow citizens", "commerce with foreign nations", "a more perfect peace", "we the people")
+
+
+def short(task: Any) -> Any:
+    """The task with what it counts in tokens cut to rows of `LENGTH`."""
+    return dataclasses.replace(task, **{name: n for name, n in dict(overlap=LENGTH // 2, target_length=LENGTH).items() if getattr(task, name, 0)})
 
 
 def shrunk(run: Run, folder: Path) -> Run:
@@ -42,7 +48,9 @@ def shrunk(run: Run, folder: Path) -> Run:
                                  buckets=(16, LENGTH) if run.data.buckets else (), tokenizer="wordpiece:200" if model.architecture == "encoder" else "bpe:300"),
         batch=dataclasses.replace(run.batch, size=rows, length=LENGTH),
         checkpoint=dataclasses.replace(run.checkpoint, every=1000),
-        eval=dataclasses.replace(run.eval, every=0, batches=1, prompts=run.eval.prompts[:1], max_new_tokens=3))
+        task=short(run.task),
+        eval=dataclasses.replace(run.eval, every=0, batches=1, prompts=run.eval.prompts[:1], max_new_tokens=3,
+                                 task=run.eval.task and short(run.eval.task)))
 
 
 def test_there_are_configs():
@@ -68,7 +76,7 @@ def test_its_header_gives_the_command(path):
 def test_its_own_sizes_fit_together(path):
     """By `eval_shape`, without memory: params and moments of the real model; the tokenizer fits its vocabulary, the rows its mesh and positions."""
     run = load(path)
-    change = loop.transform_of(run)
+    change = parts.transform_of(run)
     sizes = change.config(run.model)
     shapes, axes = transformer.shapes(sizes), transformer.axes(sizes)
     optimizer = change.update(optim.make_optimizer(run.optimizer, optim.make_schedule(run.schedule, run.steps), shapes, axes))

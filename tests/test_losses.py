@@ -1,4 +1,4 @@
-"""The cross-entropy against its formula in NumPy, its own gradient against JAX's of that formula, and chunks against the whole."""
+"""The cross-entropy against its formula in NumPy, its gradient against JAX's, chunks against the whole."""
 
 import functools
 
@@ -33,9 +33,17 @@ def loss(hidden, kernel, bias, weights=WEIGHTS, **kind):
     return losses.cross_entropy(Outputs(hidden, None, kernel, bias), TARGETS, weights, **kind)
 
 
-@pytest.mark.parametrize("kind, biased, chunk", [
-    ({}, False, None), ({}, True, FOUR), (dict(label_smoothing=0.2), False, FOUR), (dict(z_loss=0.05), False, None), (BOTH, True, None),
-    (BOTH, True, FOUR)])
+@pytest.mark.parametrize(
+    "kind, biased, chunk",
+    [
+        ({}, False, None),
+        ({}, True, FOUR),
+        (dict(label_smoothing=0.2), False, FOUR),
+        (dict(z_loss=0.05), False, None),
+        (BOTH, True, None),
+        (BOTH, True, FOUR),
+    ],
+)
 def test_values_and_gradients(kind, biased, chunk, monkeypatch):
     bias = BIAS if biased else None
     if chunk:
@@ -77,6 +85,7 @@ def test_large_logits():
 
 def test_half_precision():
     """Hidden states in bfloat16: sums and the gradient of the float32 kernel stay in float32."""
+
     def total(hidden, kernel):
         return loss(hidden, kernel, None, z_loss=0.01).total
 
@@ -124,6 +133,9 @@ def test_a_model_without_a_vocabulary():
 
 def test_totals_and_weights_of_slices_add_up():
     whole = loss(HIDDEN, KERNEL, BIAS)
-    parts = [losses.cross_entropy(Outputs(HIDDEN[i:i + 1], None, KERNEL, BIAS), TARGETS[i:i + 1], WEIGHTS[i:i + 1]) for i in range(B)]
+    parts = [
+        losses.cross_entropy(Outputs(HIDDEN[i : i + 1], None, KERNEL, BIAS), TARGETS[i : i + 1], WEIGHTS[i : i + 1])
+        for i in range(B)
+    ]
     summed = functools.reduce(lambda a, b: jax.tree.map(jnp.add, a, b), [part._replace(outputs=None) for part in parts])
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), summed, whole._replace(outputs=None))

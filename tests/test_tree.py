@@ -12,10 +12,17 @@ from hypothesis import strategies as st
 from llm_jax import tree
 from llm_jax.errors import ConfigError
 
-PARAMS = {"embed": {"tokens": np.zeros((5, 2))}, "decoder": {"layers": {"mlp": {"up": np.ones((3, 2, 4)), "up_bias": np.ones((3, 4))}},
-                                                            "norm": {"scale": np.ones(2)}}}
+PARAMS = {
+    "embed": {"tokens": np.zeros((5, 2))},
+    "decoder": {
+        "layers": {"mlp": {"up": np.ones((3, 2, 4)), "up_bias": np.ones((3, 4))}},
+        "norm": {"scale": np.ones(2)},
+    },
+}
 NAMES = ["decoder/layers/mlp/up", "decoder/layers/mlp/up_bias", "decoder/norm/scale", "embed/tokens"]
-TREES = st.recursive(st.integers(), lambda inner: st.dictionaries(st.sampled_from("abcd"), inner, min_size=1, max_size=3), max_leaves=8)
+TREES = st.recursive(
+    st.integers(), lambda inner: st.dictionaries(st.sampled_from("abcd"), inner, min_size=1, max_size=3), max_leaves=8
+)
 
 
 class Moments(NamedTuple):
@@ -30,7 +37,9 @@ def test_names_of_dicts_records_and_lists():
 
 
 def test_map_with_name():
-    assert tree.map_with_name(lambda name, x, y: f"{name}:{x + y}", {"a": {"b": 1}}, {"a": {"b": 2}}) == {"a": {"b": "a/b:3"}}
+    assert tree.map_with_name(lambda name, x, y: f"{name}:{x + y}", {"a": {"b": 1}}, {"a": {"b": 2}}) == {
+        "a": {"b": "a/b:3"}
+    }
 
 
 def test_match_takes_the_first_regex_for_the_whole_path():
@@ -43,7 +52,10 @@ def test_match_takes_the_first_regex_for_the_whole_path():
 def test_match_refuses_a_regex_without_a_parameter():
     with pytest.raises(ConfigError) as told:
         tree.match(PARAMS, [".*", "decoder/norm/scales"], "optimizer.freeze")
-    assert str(told.value) == "optimizer.freeze 'decoder/norm/scales' matches no parameter; did you mean 'decoder/norm/scale'?"
+    assert (
+        str(told.value)
+        == "optimizer.freeze 'decoder/norm/scales' matches no parameter; did you mean 'decoder/norm/scale'?"
+    )
     with pytest.raises(ConfigError) as told:
         tree.mask(PARAMS, ["xyz"])
     assert str(told.value) == f"regex 'xyz' matches no parameter; known: {', '.join(NAMES)}"

@@ -168,12 +168,13 @@ class Attention(nn.Module):
     def setup(self):
         c = self.config
 
-        def weight(name: str, heads: int, axis: str) -> None:
-            setattr(self, name, parameter(self, name, (c.dim, heads, c.head_size), ("embed", axis, "head_size"), fan_in=c.dim))
+        def weight(name: str, heads: int, axis: str, fan: int = c.dim) -> None:
+            setattr(self, name, parameter(self, name, (c.dim, heads, c.head_size), ("embed", axis, "head_size"), fan_in=fan))
             if c.bias != "none":
                 setattr(self, f"{name}_bias", parameter(self, f"{name}_bias", (heads, c.head_size), (axis, "head_size"), value=0.0))
 
-        weight("query", c.heads, "heads")
+        # Where the scores are not divided by sqrt(E), the first queries are, as in T5.
+        weight("query", c.heads, "heads", c.dim if c.attention_scale else c.dim * c.head_size)
         weight("key", c.kv_size, "kv")
         weight("value", c.kv_size, "kv")
         self.out = parameter(self, "out", (c.heads, c.head_size, c.dim), ("heads", "head_size", "embed"),

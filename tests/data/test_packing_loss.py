@@ -1,4 +1,4 @@
-"""Packing does not change the objective: packed documents have the loss, the gradient and the token probabilities that they have alone in a row."""
+"""Packed documents have the loss, the gradient and the probability of each token that they have alone in a row."""
 
 import dataclasses
 import functools
@@ -21,7 +21,9 @@ SIZE = dict(vocab_size=VOCABULARY, max_length=LENGTH, layers=2, dim=16, heads=4,
 MODELS = {
     "rotary": presets.llama(**SIZE, kv_heads=2),
     "learned": presets.gpt2(**SIZE),
-    "relative": presets.t5(**SIZE, head_dim=4, relative_buckets=8, relative_distance=12).replace(architecture="decoder"),
+    "relative": presets.t5(**SIZE, head_dim=4, relative_buckets=8, relative_distance=12).replace(
+        architecture="decoder"
+    ),
     "sinusoidal": presets.gpt2(**SIZE, positions="sinusoidal"),
     "encoder": presets.bert(**SIZE, head="mlm", pooler="none"),
     "encoder-decoder": presets.t5(**SIZE, head_dim=4, relative_buckets=8, relative_distance=12),
@@ -41,7 +43,9 @@ class Numbers:
 
     def __getitem__(self, index):
         rng = np.random.default_rng(index)
-        words, target = (rng.integers(3, VOCABULARY, int(1 + most * rng.random() ** 2)).astype(str) for most in (28, 22))
+        words, target = (
+            rng.integers(3, VOCABULARY, int(1 + most * rng.random() ** 2)).astype(str) for most in (28, 22)
+        )
         return {"id": f"numbers:{index}", "text": " ".join(words), "target": " ".join(target)}
 
 
@@ -146,6 +150,9 @@ def test_each_token_has_the_probability_that_it_has_alone():
 def test_the_comparison_can_fail():
     """Packed rows read as one text each, as if segments were not masked, have another loss."""
     config = MODELS["rotary"]
-    blind = [r._replace(batch={**r.batch, "segment_ids": np.minimum(r.batch["segment_ids"], 1)}) for r in rows(NextToken(), True)]
+    blind = [
+        r._replace(batch={**r.batch, "segment_ids": np.minimum(r.batch["segment_ids"], 1)})
+        for r in rows(NextToken(), True)
+    ]
     (found, _), (expected, _) = totals(config, blind), totals(config, rows(NextToken(), False))
     assert found.weight == expected.weight and abs(found.total / found.weight - expected.total / expected.weight) > 1e-4

@@ -1,4 +1,4 @@
-"""Tiny models of every family, with random weights everywhere: no bias is zero and no scale is one, so that none can be forgotten."""
+"""Tiny models of every family, with random weights: no bias is zero and no scale one, so that none can be forgotten."""
 
 import functools
 import zlib
@@ -20,11 +20,16 @@ FAMILIES: dict[str, ModelConfig] = {
     "distilbert": presets.distilbert(**SIZE, head="classification", labels=3),
     "gpt2": presets.gpt2(**SIZE),
     "llama": presets.llama(**SIZE, kv_heads=2, qk_norm=True),
-    "t5": presets.t5(**{**SIZE, "head_dim": 6, "relative_buckets": 8, "relative_distance": 12, "layers": 1, "decoder_layers": 2}),
+    "t5": presets.t5(
+        **{**SIZE, "head_dim": 6, "relative_buckets": 8, "relative_distance": 12, "layers": 1, "decoder_layers": 2}
+    ),
     "marian": presets.marian(**SIZE),
     "vaswani": presets.vaswani(**SIZE),
     "vit": presets.vit(**{**SIZE, "vocab_size": 1}, patch_size=4, image_size=12, labels=5),
 }
+
+
+Batch = dict[str, np.ndarray]
 
 
 class Tiny(NamedTuple):
@@ -36,7 +41,8 @@ class Tiny(NamedTuple):
 
 
 def random_params(config: ModelConfig) -> Any:
-    """Weights of a model: scales near 1, the others normal, embeddings of deviation 1 and products of deviation about 1/sqrt(fan in)."""
+    """Weights of a model: scales near 1, the others normal, with deviation 1 in the embedding and 0.2 elsewhere."""
+
     def one(name: str, x: Any) -> np.ndarray:
         drawn = np.random.default_rng(zlib.crc32(name.encode())).standard_normal(x.shape)
         if name.endswith("scale"):
@@ -54,7 +60,7 @@ def tiny_model(name: str, **changes: Any) -> Tiny:
 
 @pytest.fixture(scope="module", autouse=True)
 def unoptimised() -> Iterator[None]:
-    """Machine code that is not optimised: these programs are compiled once and run for milliseconds. It halves the time of the tests."""
+    """Machine code that is not optimised, which halves the time of these tests: their programs run for milliseconds."""
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", False)
@@ -74,26 +80,27 @@ def family(request: pytest.FixtureRequest) -> Tiny:
 
 @pytest.fixture(scope="session")
 def batch_of() -> Any:
-    """`batch_of(config, rows=3, length=11, packed=True)`: the input that a model reads; packed rows hold two examples and padding."""
-    def stream(rng: np.random.Generator, config: ModelConfig, rows: int, length: int, packed: bool, prefix: str) -> dict[str, np.ndarray]:
-        batch = {f"{prefix}tokens": rng.integers(0, config.vocab_size, (rows, length)).astype(np.int32)}
-        if packed:
-            index = np.broadcast_to(np.arange(length), (rows, length))
-            cuts, ends = np.arange(rows)[:, None] + length // 3, length - np.arange(rows)[:, None]
-            segments = np.where(index < cuts, 1, np.where(index < ends, 2, 0))
-            batch[f"{prefix}segment_ids"] = segments.astype(np.int32)
-            batch[f"{prefix}positions"] = (index - np.where(segments == 2, cuts, 0)).astype(np.int32)
-        return batch
+    """`batch_of(config, rows=3, length=11)`: the input that a model reads, in rows of two examples and padding."""
 
-    def make(config: ModelConfig, rows: int = 3, length: int = 11, packed: bool = True, seed: int = 0) -> dict[str, np.ndarray]:
-        rng = np.random.default_rng(seed)
+    def stream(rng: np.random.Generator, config: ModelConfig, rows: int, length: int, prefix: str) -> Batch:
+        index = np.broadcast_to(np.arange(length), (rows, length))
+        cuts, ends = np.arange(rows)[:, None] + length // 3, length - np.arange(rows)[:, None]
+        segments = np.where(index < cuts, 1, np.where(index < ends, 2, 0))
+        return {
+            f"{prefix}tokens": rng.integers(0, config.vocab_size, (rows, length)).astype(np.int32),
+            f"{prefix}segment_ids": segments.astype(np.int32),
+            f"{prefix}positions": (index - np.where(segments == 2, cuts, 0)).astype(np.int32),
+        }
+
+    def make(config: ModelConfig, rows: int = 3, length: int = 11) -> Batch:
+        rng = np.random.default_rng(0)
         if config.patch_size:
             return {"images": rng.standard_normal((rows, config.image_size, config.image_size, 3)).astype(np.float32)}
-        batch = stream(rng, config, rows, length, packed, "")
+        batch = stream(rng, config, rows, length, "")
         if config.token_types:
             batch["types"] = rng.integers(0, config.token_types, (rows, length)).astype(np.int32)
         if config.architecture == "encoder-decoder":
-            batch |= stream(rng, config, rows, length + 2, packed, "encoder_")
+            batch |= stream(rng, config, rows, length + 2, "encoder_")
         return batch
 
     return make
@@ -102,6 +109,7 @@ def batch_of() -> Any:
 @pytest.fixture
 def accelerator(monkeypatch: pytest.MonkeyPatch) -> Any:
     """`accelerator("tpu")`: the package takes the branches of another platform, still on this CPU."""
+
     def switch(name: str) -> None:
         monkeypatch.setattr(jax, "default_backend", lambda: name)
 

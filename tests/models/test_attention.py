@@ -12,7 +12,7 @@ SCALE = 0.37
 
 
 def reference(q, k, v, allowed, scale, bias=None):
-    """softmax(Q K^T scale + bias) V for each row and head ('Attention is all you need', eq. 1), in float64; and the softmax."""
+    """softmax(Q K^T scale + bias) V of each row and head ('Attention is all you need', eq. 1), and the softmax."""
     q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
     rows, length, heads, size = q.shape
     out, all_weights = np.zeros((rows, length, heads, size)), np.zeros((rows, heads, length, k.shape[1]))
@@ -84,9 +84,16 @@ def test_formula(causal, kv_heads):
 def test_fewer_queries_than_keys():
     """As decoding does: two new tokens look at a cache of seven slots, some of them empty."""
     q, k, v = inputs(2, keys=7)
-    mask = Mask(np.ones((2, 2), int), np.array([[1, 1, 1, 1, 1, 0, 0], [1, 0, 0, 1, 1, 0, 0]]), np.array([[3, 4], [1, 2]]),
-                np.array([[0, 1, 2, 3, 4, 0, 0], [0, 0, 0, 1, 2, 0, 0]]), causal=True, offset=3, aligned=False)
-    (found, _), = run(q, k, v, mask, {})
+    mask = Mask(
+        np.ones((2, 2), int),
+        np.array([[1, 1, 1, 1, 1, 0, 0], [1, 0, 0, 1, 1, 0, 0]]),
+        np.array([[3, 4], [1, 2]]),
+        np.array([[0, 1, 2, 3, 4, 0, 0], [0, 0, 0, 1, 2, 0, 0]]),
+        causal=True,
+        offset=3,
+        aligned=False,
+    )
+    ((found, _),) = run(q, k, v, mask, {})
     np.testing.assert_allclose(found, reference(q, k, v, mask.allowed(), SCALE)[0], atol=1e-5)
 
 
@@ -111,7 +118,9 @@ def test_grouped_heads_are_repeated_keys():
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), grouped, repeated)
 
 
-@pytest.mark.parametrize("length, kv_heads, causal", [(5, 4, False), (8, 1, True), (19, 2, False), (19, 2, True), (24, 4, True)])
+@pytest.mark.parametrize(
+    "length, kv_heads, causal", [(5, 4, False), (8, 1, True), (19, 2, False), (19, 2, True), (24, 4, True)]
+)
 def test_blocks_equal_the_formula_written_out(length, kv_heads, causal, monkeypatch):
     """Values and gradients, for lengths below, at, above and at a multiple of the block."""
     monkeypatch.setattr(attention, "BLOCK", 8)
@@ -122,7 +131,9 @@ def test_blocks_equal_the_formula_written_out(length, kv_heads, causal, monkeypa
     @jax.jit
     def both(*qkv):
         blocked, blocked_vjp = jax.vjp(lambda *x: attention._blocked(*x, mask.query_segments, causal, SCALE), *qkv)
-        plain, plain_vjp = jax.vjp(lambda *x: attention._einsum(*x, mask.allowed(), None, SCALE, 0.0, None, False)[0], *qkv)
+        plain, plain_vjp = jax.vjp(
+            lambda *x: attention._einsum(*x, mask.allowed(), None, SCALE, 0.0, None, False)[0], *qkv
+        )
         return (blocked, blocked_vjp(d_out)), (plain, plain_vjp(d_out))
 
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), *both(*qkv))
@@ -140,7 +151,11 @@ def test_blocks_are_what_the_cpu_takes(monkeypatch):
     assert taken == ["blocks"] * 2
     taken.clear()
     attend(q, k, v, mask._replace(aligned=False), scale=SCALE)
-    for options in (dict(bias=np.zeros((2, 4, 9, 9))), dict(want_weights=True), dict(dropout_rate=0.5, key=jax.random.key(0))):
+    for options in (
+        dict(bias=np.zeros((2, 4, 9, 9))),
+        dict(want_weights=True),
+        dict(dropout_rate=0.5, key=jax.random.key(0)),
+    ):
         attend(q, k, v, mask, scale=SCALE, **options)
     assert taken == ["einsum"] * 4
 
@@ -152,12 +167,16 @@ def test_half_precision_takes_the_fast_kernel_where_it_can():
 
 
 def test_dropout_of_the_weights():
-    """A weight is 0 or 1/(1 - rate) of what it was, and stays what it was in expectation; the weights told are those before dropout."""
+    """A weight is 0 or 1/(1 - rate) of what it was, as it was in expectation; the weights told are those before."""
     q, k, _ = inputs(48, kv_heads=4, size=48)
-    v = np.broadcast_to(np.eye(48, dtype=np.float32)[None, :, None], (2, 48, 4, 48))  # so that the values are the weights
+    v = np.broadcast_to(
+        np.eye(48, dtype=np.float32)[None, :, None], (2, 48, 4, 48)
+    )  # so that the values are the weights
     mask = packed(48, False)
     dropping = dict(dropout_rate=0.25, key=jax.random.key(0), want_weights=True)
-    (plain, weights), (dropped, told), (without, _) = run(q, k, v, mask, dict(want_weights=True), dropping, dict(dropout_rate=0.25))
+    (plain, weights), (dropped, told), (without, _) = run(
+        q, k, v, mask, dict(want_weights=True), dropping, dict(dropout_rate=0.25)
+    )
     np.testing.assert_array_equal(told, weights)
     np.testing.assert_allclose(without, plain, atol=1e-6)
     allowed = np.broadcast_to(mask.allowed()[:, None], weights.shape)

@@ -23,19 +23,25 @@ def run(config, batch=None, **options):
     head = heads.Head(config)
     boxed = jax.eval_shape(lambda: head.init(jax.random.key(0), X, TABLE, {})).get("params", {})
     rng = np.random.default_rng(1)
-    params = jax.tree.map(lambda box: rng.standard_normal(box.value.shape).astype(np.float32), boxed,
-                          is_leaf=lambda x: isinstance(x, layers.Named))
+    params = jax.tree.map(
+        lambda box: rng.standard_normal(box.value.shape).astype(np.float32),
+        boxed,
+        is_leaf=lambda x: isinstance(x, layers.Named),
+    )
     return params, jax.jit(lambda params: head.apply({"params": params}, X, TABLE, batch or {}, **options))(params)
 
 
 def test_language_modelling():
-    """hidden E^T with the embedding table, or with a kernel of its own; scaled or with a bias where the config says so."""
+    """hidden E^T with the embedding table or a kernel of its own; scaled or with a bias where the config says so."""
     head = heads.Head(CONFIG)
     outputs = head.apply({}, X, TABLE, {})
     np.testing.assert_allclose(outputs.logits, X @ TABLE.T, atol=1e-5)
     assert outputs.bias is None
-    np.testing.assert_allclose(head.apply({}, X, TABLE, {"predict": PREDICT}).logits,
-                               np.take_along_axis(X @ TABLE.T, PREDICT[..., None], axis=1), atol=1e-5)
+    np.testing.assert_allclose(
+        head.apply({}, X, TABLE, {"predict": PREDICT}).logits,
+        np.take_along_axis(X @ TABLE.T, PREDICT[..., None], axis=1),
+        atol=1e-5,
+    )
     params, outputs = run(CONFIG.replace(logits_bias=True, logits_scale=True))
     np.testing.assert_allclose(outputs.logits, X / math.sqrt(12) @ TABLE.T + params["bias"], atol=1e-5)
     params, outputs = run(CONFIG.replace(tie_embeddings=False, logits_scale=True))
@@ -46,16 +52,22 @@ def test_language_modelling():
 @pytest.mark.parametrize("predict", [None, PREDICT])
 def test_masked_language_modelling(predict):
     """norm(act(x W + b)) E^T + c (BERT's `cls.predictions`), at all positions or at those to predict."""
-    params, outputs = run(CONFIG.replace(architecture="encoder", head="mlm", mlp="relu", bias="all"), {"predict": predict})
+    params, outputs = run(
+        CONFIG.replace(architecture="encoder", head="mlm", mlp="relu", bias="all"), {"predict": predict}
+    )
     y = np.maximum(X @ params["dense"] + params["dense_bias"], 0)
-    y = (y - y.mean(-1, keepdims=True)) / np.sqrt(y.var(-1, keepdims=True) + 1e-6) * params["norm"]["scale"] + params["norm"]["bias"]
+    y = (y - y.mean(-1, keepdims=True)) / np.sqrt(y.var(-1, keepdims=True) + 1e-6) * params["norm"]["scale"] + params[
+        "norm"
+    ]["bias"]
     if predict is not None:
         y = np.take_along_axis(y, predict[..., None], axis=1)
     np.testing.assert_allclose(outputs.hidden, y, atol=1e-4)
     np.testing.assert_allclose(outputs.logits, y @ TABLE.T + params["bias"], atol=1e-4)
 
 
-@pytest.mark.parametrize("changes", [dict(logits_bias=True), dict(logits_scale=True), dict(architecture="encoder", head="mlm")])
+@pytest.mark.parametrize(
+    "changes", [dict(logits_bias=True), dict(logits_scale=True), dict(architecture="encoder", head="mlm")]
+)
 def test_outputs_hold_what_the_losses_need(changes):
     """Without logits: hidden kernel^T + bias are the same ones."""
     batch = {"predict": PREDICT}
@@ -69,7 +81,9 @@ def test_outputs_hold_what_the_losses_need(changes):
 @pytest.mark.parametrize("architecture, bias", [("encoder", "all"), ("encoder", "none"), ("decoder", "all")])
 def test_classification(architecture, bias):
     """x W + b of the first token of an encoder, of the last real token of a decoder."""
-    params, outputs = run(CONFIG.replace(architecture=architecture, head="classification", bias=bias), {"segments": SEGMENTS})
+    params, outputs = run(
+        CONFIG.replace(architecture=architecture, head="classification", bias=bias), {"segments": SEGMENTS}
+    )
     chosen = X[:, 0] if architecture == "encoder" else X[[0, 1], [3, 5]]
     expected = chosen @ params["classification"] + params.get("classification_bias", 0)
     assert outputs.logits.shape == (2, 3) and ("classification_bias" in params) == (bias == "all")

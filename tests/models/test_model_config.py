@@ -38,7 +38,14 @@ def test_bad_values(changes, message):
 
 def test_sizes_that_follow_from_others():
     config = ModelConfig(dim=64, heads=4, kv_heads=2, layers=3)
-    assert (config.head_size, config.kv_size, config.mlp_size, config.decoder_depth, config.encoder_depth, config.patches) == (16, 2, 256, 3, 0, 0)
+    assert (
+        config.head_size,
+        config.kv_size,
+        config.mlp_size,
+        config.decoder_depth,
+        config.encoder_depth,
+        config.patches,
+    ) == (16, 2, 256, 3, 0, 0)
     both = config.replace(architecture="encoder-decoder", decoder_layers=5, head_dim=10)
     assert (both.encoder_depth, both.decoder_depth, both.head_size) == (3, 5, 10)
     assert both.replace(decoder_layers=0).decoder_depth == 3
