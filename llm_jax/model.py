@@ -87,5 +87,5 @@ def transform(model: Model, change: transforms.Transform, key: Array, aux: Any =
     config = change.config(model.config)
     params = jax.jit(change.params, static_argnums=0)(model.config, model.params, key, aux)
     parent = content_hash(model.params)
-    card = {**model.card, "parents": [parent], "transforms": [*model.card.get("transforms", []), name or "transform"], "model": to_dict(config)}
+    card = {**model.card, "parents": [parent], "transforms": [*model.card.get("transforms", []), name or change.label], "model": to_dict(config)}
     return Model(config, params, model.tokenizer, json.loads(json.dumps(card)))

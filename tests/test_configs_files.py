@@ -35,8 +35,8 @@ def shrunk(run: Run, folder: Path) -> Run:
     lines = [json.dumps({run.data.text: " ".join(rng.choice(WORDS, n)), run.data.target: str(rng.choice(WORDS))}) for n in rng.integers(1, 9, 64)]
     (folder / "corpus.jsonl").write_text("\n".join(lines), encoding="utf-8")
     model, rows = run.model, len(jax.devices()) * run.batch.accumulate
-    small = dict(vocab_size=VOCABULARY, max_length=LENGTH, layers=2, dim=32, heads=4)
-    small |= {name: n for name, n in dict(decoder_layers=3, kv_heads=2, head_dim=8, mlp_dim=48).items() if getattr(model, name)}
+    small = dict(vocab_size=VOCABULARY, max_length=LENGTH, layers=1, dim=32, heads=4)
+    small |= {name: n for name, n in dict(decoder_layers=1, kv_heads=2, head_dim=8, mlp_dim=48).items() if getattr(model, name)}
     try:
         sharding.make_mesh(run.mesh)
         mesh = run.mesh
