@@ -1,6 +1,6 @@
 """The main job: parse a config, carry out its run.
 
-    python train.py --config=configs/quickstart.py [--config.optimizer.learning_rate=3e-4 ...]
+python train.py --config=configs/quickstart.py [--config.optimizer.learning_rate=3e-4 ...]
 """
 
 import sys

@@ -13,8 +13,18 @@ RESULTS = Path(__file__).parent / "results"
 
 def machine() -> str:
     """Processor, cores and memory in a line."""
-    cpu = next((line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")),
-               platform.processor()) if Path("/proc/cpuinfo").exists() else platform.processor()
+    cpu = (
+        next(
+            (
+                line.split(":")[1].strip()
+                for line in Path("/proc/cpuinfo").read_text().splitlines()
+                if line.startswith("model name")
+            ),
+            platform.processor(),
+        )
+        if Path("/proc/cpuinfo").exists()
+        else platform.processor()
+    )
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     return f"{cpu}, {os.cpu_count()} cores, {memory:.0f} GiB, {platform.system()}"
 
@@ -25,15 +35,26 @@ def write(name: str, claims: list[dict]) -> None:
         claim.setdefault("seeds", 1)
         claim.setdefault("spread", None)
     RESULTS.mkdir(exist_ok=True)
-    (RESULTS / f"{name}.json").write_text(json.dumps({
-        "claims": claims, "machine": machine(), "versions": library_versions(), "commit": code_version(),
-        "date": datetime.date.today().isoformat()}, indent=1) + "\n")
+    (RESULTS / f"{name}.json").write_text(
+        json.dumps(
+            {
+                "claims": claims,
+                "machine": machine(),
+                "versions": library_versions(),
+                "commit": code_version(),
+                "date": datetime.date.today().isoformat(),
+            },
+            indent=1,
+        )
+        + "\n"
+    )
     for claim in claims:
         print(line(name, claim))
 
 
 def line(script: str, claim: dict) -> str:
     """A claim as a line of the table."""
+
     def short(x) -> str:
         return f"{x:.4g}" if isinstance(x, float) else str(x)
 

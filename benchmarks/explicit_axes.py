@@ -17,7 +17,10 @@ def works(factory, kind: AxisType) -> bool:
     """Whether one update of sharded params goes through."""
     mesh = jax.make_mesh((4, 2), ("fsdp", "tensor"), axis_types=(kind,) * 2)
     with jax.set_mesh(mesh):
-        params = {"w": jax.device_put(jnp.ones((16, 8)), NamedSharding(mesh, PartitionSpec("fsdp", "tensor"))), "b": jnp.ones(8)}
+        params = {
+            "w": jax.device_put(jnp.ones((16, 8)), NamedSharding(mesh, PartitionSpec("fsdp", "tensor"))),
+            "b": jnp.ones(8),
+        }
         try:
             optimizer = factory(learning_rate=1e-3)
             state = jax.jit(optimizer.init)(params)
@@ -29,14 +32,29 @@ def works(factory, kind: AxisType) -> bool:
 
 def main():
     jax.config.update("jax_num_cpu_devices", 8)
-    rejected = {kind: [name for name, factory in sorted(optim.optimizers().items()) if not works(factory, kind)]
-                for kind in (AxisType.Explicit, AxisType.Auto)}
+    rejected = {
+        kind: [name for name, factory in sorted(optim.optimizers().items()) if not works(factory, kind)]
+        for kind in (AxisType.Explicit, AxisType.Auto)
+    }
     print({str(kind): names for kind, names in rejected.items()})
-    write("explicit_axes", [
-        {"name": "optimizers rejected for their shardings, Explicit axes: " + ", ".join(rejected[AxisType.Explicit]),
-         "value": len(rejected[AxisType.Explicit]), "target": "none is needed to take Explicit axes", "holds": not rejected[AxisType.Explicit]},
-        {"name": "optimizers rejected for their shardings, Auto axes", "value": len(rejected[AxisType.Auto]), "target": 0,
-         "holds": not rejected[AxisType.Auto]}])
+    write(
+        "explicit_axes",
+        [
+            {
+                "name": "optimizers rejected for their shardings, Explicit axes: "
+                + ", ".join(rejected[AxisType.Explicit]),
+                "value": len(rejected[AxisType.Explicit]),
+                "target": "none is needed to take Explicit axes",
+                "holds": not rejected[AxisType.Explicit],
+            },
+            {
+                "name": "optimizers rejected for their shardings, Auto axes",
+                "value": len(rejected[AxisType.Auto]),
+                "target": 0,
+                "holds": not rejected[AxisType.Auto],
+            },
+        ],
+    )
 
 
 if __name__ == "__main__":

@@ -23,7 +23,9 @@ from llm_jax.data.tokenizer import Tokenizer
 def symbols(tokenizer: Tokenizer, sources: list, data: config.Data, split: str) -> tuple[list[np.ndarray], int]:
     """The token ids of each document with its end token, and the UTF-8 bytes of them all."""
     texts = [source[int(i)][data.text] for source in sources for i in documents(source, data, split)]
-    return [np.append(tokenizer.encode(text), tokenizer.eos) for text in texts], sum(len(text.encode()) for text in texts)
+    return [np.append(tokenizer.encode(text), tokenizer.eos) for text in texts], sum(
+        len(text.encode()) for text in texts
+    )
 
 
 def main():
@@ -42,10 +44,24 @@ def main():
     baseline = KneserNey.fit(train, tokenizer.vocab_size, options.order)
     bits = -sum(float(np.sum(baseline.log_prob(document))) for document in heldout) / math.log(2) / size
     ours = result["eval"]["bits_per_byte"]
-    print(f"{options.order}-gram Kneser-Ney: {bits:.4f} bits per byte; {result['name']}: {ours:.4f} after {result['seconds']:.0f} s")
-    write(f"held_out_{result['name']}", [{
-        "name": f"held-out bits per byte of {result['name']} against {options.order}-gram Kneser-Ney", "value": ours, "target": bits,
-        "holds": ours < bits, "seeds": 1, "spread": None, "seconds": result["seconds"], "documents": len(heldout)}])
+    print(
+        f"{options.order}-gram Kneser-Ney: {bits:.4f} bits per byte; {result['name']}: {ours:.4f} after {result['seconds']:.0f} s"
+    )
+    write(
+        f"held_out_{result['name']}",
+        [
+            {
+                "name": f"held-out bits per byte of {result['name']} against {options.order}-gram Kneser-Ney",
+                "value": ours,
+                "target": bits,
+                "holds": ours < bits,
+                "seeds": 1,
+                "spread": None,
+                "seconds": result["seconds"],
+                "documents": len(heldout),
+            }
+        ],
+    )
 
 
 if __name__ == "__main__":

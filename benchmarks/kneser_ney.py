@@ -24,6 +24,7 @@ interpolated with 1 / (number of seen word types + 1, for <unk>), V is given and
 Representation: an n-gram is the pair (id of its first n - 1 tokens, last token), packed in one int64 key; its own id
 is the rank of that key among the distinct keys of order n.  Everything is then sorting, bincount and searchsorted.
 """
+
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -127,8 +128,9 @@ class KneserNey:
         context_ids = gram_ids  # entry i: id of the (n-1)-gram which ends just before position i
         for n in range(1, order + 1):
             here = predicted[context_ids[predicted] != UNSEEN]
-            keys, first, inverse, counts = np.unique(context_ids[here] * base + stream[here], return_index=True,
-                                                     return_inverse=True, return_counts=True)
+            keys, first, inverse, counts = np.unique(
+                context_ids[here] * base + stream[here], return_index=True, return_inverse=True, return_counts=True
+            )
             tables.append((keys, counts, gram_ids[here[first]]))
             gram_ids = np.full(len(stream), UNSEEN, dtype=np.int64)
             gram_ids[here] = inverse

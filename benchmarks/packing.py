@@ -1,6 +1,6 @@
 """Claims: packed documents have the loss of the same documents unpacked (1e-6), and packing fills at least 0.97 of the quickstart's rows.
 
-    python -m benchmarks.packing
+python -m benchmarks.packing
 """
 
 import dataclasses
@@ -27,13 +27,30 @@ def main():
     for pack in (True, False):
         data = dataclasses.replace(run.data, pack=pack)
         sources = parts.open_sources(data, "heldout")
-        with Loader(sources, built.tokenizer, run.task, data, run.batch, 0, "heldout") as loader, jax.set_mesh(sharding.make_mesh()):
+        with (
+            Loader(sources, built.tokenizer, run.task, data, run.batch, 0, "heldout") as loader,
+            jax.set_mesh(sharding.make_mesh()),
+        ):
             losses[pack] = evaluate.evaluate(built.eval_step, params, loader, built.mesh)["loss"]
     built.close()
     difference = abs(losses[True] - losses[False]) / losses[False]
-    write("packing", [
-        {"name": "relative difference of the held-out loss, packed against unpacked", "value": difference, "target": 1e-6, "holds": difference <= 1e-6},
-        {"name": "share of the slots filled, quickstart's training rows", "value": fill, "target": 0.97, "holds": fill >= 0.97}])
+    write(
+        "packing",
+        [
+            {
+                "name": "relative difference of the held-out loss, packed against unpacked",
+                "value": difference,
+                "target": 1e-6,
+                "holds": difference <= 1e-6,
+            },
+            {
+                "name": "share of the slots filled, quickstart's training rows",
+                "value": fill,
+                "target": 0.97,
+                "holds": fill >= 0.97,
+            },
+        ],
+    )
 
 
 if __name__ == "__main__":

@@ -1,17 +1,16 @@
 """Claim: a run killed at 20 random moments and resumed has, bit for bit, the losses and sample ids of an uninterrupted one.
 
-    python -m benchmarks.resume [--kills 20] [--steps 120]
+    python -m benchmarks.resume [--kills 20] [--steps 1000]
 
-Packing, mixing of two sources, dropout and a moving average are on. Each kill is SIGKILL at a moment drawn from the life of a process,
-its start and its saves included; the same command then goes on. Compared are loss, gradient norm and sample digest of every step, and
-the hash of the last weights.
+Packing, mixing of two sources, dropout, accumulation and a moving average are on. Each kill is SIGKILL at a random moment, by even chances of
+a process's start or of a stretch of its steps, where a save is often under way; then the same command goes on. Compared are loss, gradient
+norm and sample digest of every step, the held-out losses, and the hashes of the last weights and of the rest of the state.
 """
 
 import argparse
 import json
 import os
 import random
-import signal
 import subprocess
 import sys
 import tempfile
@@ -20,6 +19,9 @@ from pathlib import Path
 
 from benchmarks.common import write
 from llm_jax.checkpoint import find, read_card
+from llm_jax.config import Data
+from llm_jax.data.documents import open_sources
+from llm_jax.data.tokenizer import Tokenizer, load_tokenizer
 
 COMPARED = ("step", "loss", "grad_norm", "samples", "eval/loss")
 
@@ -31,17 +33,19 @@ from llm_jax.tasks import NextToken
 
 def get_config():
     return Run(
-        name="resume", model=ModelConfig(vocab_size=512, max_length=64, layers=2, dim=32, heads=2, dropout=0.1), task=NextToken(),
-        data=Data(sources=("asset:sotu", "asset:bbc-news"), weights=(2.0, 1.0), tokenizer={tokenizer!r}, heldout=0.01, window=256),
+        name="resume", model=ModelConfig(vocab_size=512, max_length=64, layers=1, dim=32, heads=2, dropout=0.1), task=NextToken(),
+        data=Data(sources={sources!r}, weights=(2.0, 1.0), tokenizer={tokenizer!r}, heldout=0.02, window=64),
         optimizer=Optimizer(name="adamw", moving_average=0.9), schedule=Schedule(warmup=5), steps={steps},
         batch=Batch(size=4, length=64, accumulate=2), checkpoint=Checkpoint(every=7, keep=3), eval=Eval(every=40, batches=4))
 '''
 
 
-def start(config: Path, folder: Path) -> subprocess.Popen:
+def start(config: Path, folder: Path) -> subprocess.Popen[str]:
     """The run as a user starts it."""
-    return subprocess.Popen([sys.executable, "train.py", f"--config={config}", f"--config.workdir={folder}"],
-                            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env={**os.environ, "JAX_PLATFORMS": "cpu"})
+    root = Path(__file__).parents[1]
+    return subprocess.Popen([sys.executable, str(root / "train.py"), f"--config={config}", f"--config.workdir={folder}"],
+                            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+                            env={**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(root)})
 
 
 def finish(config: Path, folder: Path) -> None:
@@ -52,60 +56,77 @@ def finish(config: Path, folder: Path) -> None:
         raise SystemExit(f"the run ended with status {process.returncode}:\n{said[-2000:]}")
 
 
-def told(folder: Path) -> list[dict]:
-    """What is compared of metrics.jsonl."""
-    return [{name: entry[name] for name in COMPARED if name in entry}
-            for entry in map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())]
+def entries(folder: Path) -> list[dict]:
+    """What metrics.jsonl holds."""
+    file = folder / "metrics.jsonl"
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
 
-def kill_and_resume(config: Path, folder: Path, kills: int, life: float, rng: random.Random) -> list[int]:
-    """Kill the run `kills` times, each process at a moment of its life; the steps that the kills found it at."""
-    reached: list[int] = []
-    while len(reached) < kills:
-        process = start(config, folder)
-        time.sleep(rng.uniform(0, life / kills * 4))
-        if process.poll() is not None:  # it was done before the moment came
-            break
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        file = folder / "metrics.jsonl"
-        reached.append(len(file.read_text().splitlines()) if file.exists() else 0)
-    return reached
+def compared(folder: Path) -> tuple[list[dict], dict[str, str]]:
+    """What is compared of two runs."""
+    told = [{name: entry[name] for name in COMPARED if name in entry} for entry in entries(folder)]
+    return told, read_card(find(folder))["hashes"]
 
 
-def measure(kills: int, steps: int, seed: int) -> dict:
-    """The claim's value: kills after which nothing differed."""
-    from llm_jax.data.documents import open_sources
-    from llm_jax.config import Data
-    from llm_jax.data.tokenizer import load_tokenizer
+def kill(config: Path, folder: Path, startup: float, stretch: float, rng: random.Random) -> tuple[float, str] | None:
+    """Start the run and kill it, by even chances before its first step or within a stretch of steps.
 
+    Returns the seconds to the first step and what the kill met; None if the run ended before.
+    """
+    moment, met = rng.uniform(0, startup), "start"
+    begin = time.monotonic()
+    with start(config, folder) as process:
+        if startup and rng.random() < 0.5:
+            time.sleep(moment)
+        else:
+            assert process.stderr is not None
+            while "parameters on" not in process.stderr.readline() and process.poll() is None:
+                pass  # that is the last that it says before the first step
+            size = (folder / "metrics.jsonl").stat().st_size
+            while (folder / "metrics.jsonl").stat().st_size == size and process.poll() is None:
+                time.sleep(0.01)
+            startup, met = time.monotonic() - begin, "steps"
+            time.sleep(rng.uniform(0, stretch))
+        if process.poll() is not None:
+            return None
+        process.kill()
+    saving = any((folder / "checkpoints").glob("*orbax-checkpoint-tmp*"))
+    return startup, "save" if saving else met
+
+
+def measure(sources: tuple[str, ...], tokenizer: Tokenizer, kills: int, steps: int, seed: int) -> dict:
+    """The claim for a run over two sources: its value is the number of kills after which nothing differed."""
+    rng = random.Random(seed)
     with tempfile.TemporaryDirectory() as temporary:
         root = Path(temporary)
-        tokenizer = load_tokenizer("bpe:512", (record["text"] for record in list(open_sources(Data(sources=("asset:sotu",)), "train")[0])[:20]))
         tokenizer.save(root / "tokenizer.json")
         config = root / "resume.py"
-        config.write_text(CONFIG.format(steps=steps, tokenizer=str(root / "tokenizer.json")))
-        finish(config, root / "warm")  # fills the compilation cache, so that lives are of like length
-        begin = time.monotonic()
+        config.write_text(CONFIG.format(steps=steps, sources=sources, tokenizer=str(root / "tokenizer.json")))
         finish(config, root / "whole")
-        life = time.monotonic() - begin
-        reached = kill_and_resume(config, root / "killed", kills, life, random.Random(seed))
+        training = sum(entry.get("seconds", 0.0) for entry in entries(root / "whole")[1:])
+        startup, met = 0.0, []
+        for _ in range(kills):
+            found = kill(config, root / "killed", startup, 2 * training / kills, rng)
+            if found is None:
+                break
+            startup = found[0]
+            met.append((found[1], max((entry["step"] for entry in entries(root / "killed")), default=0)))
         finish(config, root / "killed")
-        whole, killed = told(root / "whole"), told(root / "killed")
-        same = whole == killed and read_card(find(root / "whole"))["hashes"] == read_card(find(root / "killed"))["hashes"]
-        print(f"life {life:.1f} s; lines of metrics at the kills: {reached}")
-        return {"name": "SIGKILLs after which losses, samples and weights equal the uninterrupted run's bit for bit",
-                "value": len(reached) if same else 0, "target": kills, "holds": same and len(reached) == kills, "seeds": 1,
-                "spread": None, "lines_at_kills": reached}
+        same = compared(root / "whole") == compared(root / "killed")
+    print(f"{training:.0f} s of steps, {startup:.1f} s to the first; what the kills met, at the step: {met}")
+    return {"name": "SIGKILLs after which losses, samples and weights equal the uninterrupted run's bit for bit",
+            "value": len(met) if same else 0, "target": kills, "holds": same and len(met) == kills, "kills": met}
 
 
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--kills", type=int, default=20)
-    parser.add_argument("--steps", type=int, default=120)
+    parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
-    write("resume", [measure(options.kills, options.steps, options.seed)])
+    sources = ("asset:sotu", "asset:bbc-news")
+    tokenizer = load_tokenizer("bpe:512", [record["text"] for record in list(open_sources(Data(sources=sources[:1]))[0])[:20]])
+    write("resume", [measure(sources, tokenizer, options.kills, options.steps, options.seed)])
 
 
 if __name__ == "__main__":

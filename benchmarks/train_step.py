@@ -33,21 +33,38 @@ def ours(steps: int, devices: int) -> dict:
     from llm_jax.tasks import NextToken
 
     setup()
-    sizes = ModelConfig(vocab_size=8192, max_length=256, layers=6, dim=384, heads=6, mlp="gelu_tanh", norm="rms", positions="none")
+    sizes = ModelConfig(
+        vocab_size=8192, max_length=256, layers=6, dim=384, heads=6, mlp="gelu_tanh", norm="rms", positions="none"
+    )
     mesh = sharding.make_mesh()
     loss = NextToken().loss(sizes)
     shapes, axes = transformer.shapes(sizes), transformer.axes(sizes)
-    optimizer = optim.make_optimizer(config.Optimizer(name="adamw", weight_decay=0.01, clip=0), optim.make_schedule(config.Schedule(), 1000), shapes, axes)
+    optimizer = optim.make_optimizer(
+        config.Optimizer(name="adamw", weight_decay=0.01, clip=0),
+        optim.make_schedule(config.Schedule(), 1000),
+        shapes,
+        axes,
+    )
     tokens = np.random.default_rng(0).integers(0, 8192, (8, 257)).astype(np.int32)
-    batch = {"tokens": tokens[:, :-1], "targets": tokens[:, 1:], "weights": np.ones((8, 256), np.float32), "segment_ids": np.ones((8, 256), np.int32),
-             "positions": np.tile(np.arange(256, dtype=np.int32), (8, 1))}
+    batch = {
+        "tokens": tokens[:, :-1],
+        "targets": tokens[:, 1:],
+        "weights": np.ones((8, 256), np.float32),
+        "segment_ids": np.ones((8, 256), np.int32),
+        "positions": np.tile(np.arange(256, dtype=np.int32), (8, 1)),
+    }
     with jax.set_mesh(mesh):
+
         def init(key):
             return step.init_state(transformer.init(sizes, key), optimizer, key)
 
-        placed = sharding.state_shardings(mesh, jax.eval_shape(init, jax.random.key(0)), sharding.params_shardings(mesh, axes, shapes))
+        placed = sharding.state_shardings(
+            mesh, jax.eval_shape(init, jax.random.key(0)), sharding.params_shardings(mesh, axes, shapes)
+        )
         state = jax.jit(init, out_shardings=placed)(jax.random.key(0))
-        one = jax.jit(step.make_step(loss, step.differentiate(loss), optimizer), donate_argnums=0, out_shardings=(placed, None))
+        one = jax.jit(
+            step.make_step(loss, step.differentiate(loss), optimizer), donate_argnums=0, out_shardings=(placed, None)
+        )
         seconds = []
         for _ in range(steps + 2):
             start = time.perf_counter()
@@ -59,7 +76,9 @@ def ours(steps: int, devices: int) -> dict:
 
 
 def run(command: list[str]) -> dict:
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "JAX_PLATFORMS": "cpu"}, check=False)
+    done = subprocess.run(
+        command, capture_output=True, text=True, env={**os.environ, "JAX_PLATFORMS": "cpu"}, check=False
+    )
     if done.returncode:
         raise SystemExit(f"{' '.join(command)} failed:\n{done.stderr[-2000:]}")
     return json.loads(done.stdout.splitlines()[-1])
@@ -75,8 +94,18 @@ def main():
         print(json.dumps(ours(options.steps, options.ours)))
         return
     peer = [sys.executable, str(Path(__file__).parent / "peers" / "torch_lm_step.py"), "--steps", str(options.steps)]
-    sides = {"one device": [sys.executable, "-m", "benchmarks.train_step", "--ours", "1", "--steps", str(options.steps)],
-             "two devices, one a core": [sys.executable, "-m", "benchmarks.train_step", "--ours", "2", "--steps", str(options.steps)]}
+    sides = {
+        "one device": [sys.executable, "-m", "benchmarks.train_step", "--ours", "1", "--steps", str(options.steps)],
+        "two devices, one a core": [
+            sys.executable,
+            "-m",
+            "benchmarks.train_step",
+            "--ours",
+            "2",
+            "--steps",
+            str(options.steps),
+        ],
+    }
     ratios: dict[str, list[float]] = {name: [] for name in sides}
     rates: dict[str, list[float]] = {"peer": [], **{name: [] for name in sides}}
     for i in range(options.repeats):
@@ -89,10 +118,19 @@ def main():
             rates["peer"] += [after]
             before = after
         print(i, {name: [round(r, 3) for r in x] for name, x in ratios.items()}, flush=True)
-    claims = [{"name": f"tokens a second over PyTorch eager's, {name}", "value": statistics.median(x), "target": 0.95,
-               "holds": statistics.median(x) >= 0.95, "seeds": len(x), "spread": [min(x), max(x)],
-               "tokens_per_second": statistics.median(rates[name]), "peer_tokens_per_second": statistics.median(rates["peer"])}
-              for name, x in ratios.items()]
+    claims = [
+        {
+            "name": f"tokens a second over PyTorch eager's, {name}",
+            "value": statistics.median(x),
+            "target": 0.95,
+            "holds": statistics.median(x) >= 0.95,
+            "seeds": len(x),
+            "spread": [min(x), max(x)],
+            "tokens_per_second": statistics.median(rates[name]),
+            "peer_tokens_per_second": statistics.median(rates["peer"]),
+        }
+        for name, x in ratios.items()
+    ]
     write("train_step", claims)
 
 

@@ -17,7 +17,9 @@ def get_config() -> Run:
         model=llama(remat="full"),
         task=NextToken(z_loss=1e-4),
         data=Data(sources=("jsonl:corpus/*.jsonl",), tokenizer="bpe:32000", heldout=0.0001, workers=8),
-        optimizer=Optimizer(name="adamw", learning_rate=3e-4, weight_decay=0.1, arguments=(("b2", 0.95), ("eps", 1e-5))),
+        optimizer=Optimizer(
+            name="adamw", learning_rate=3e-4, weight_decay=0.1, arguments=(("b2", 0.95), ("eps", 1e-5))
+        ),
         schedule=Schedule(name="cosine", warmup=2000, final=0.1),
         steps=500_000,
         batch=Batch(size=1024, length=4096),

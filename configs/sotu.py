@@ -1,7 +1,7 @@
 """A longer run on the State of the Union addresses, against a 5-gram Kneser-Ney model of the same tokens.
 
-    python train.py --config=configs/sotu.py
-    python -m benchmarks.held_out runs/sotu
+python train.py --config=configs/sotu.py
+python -m benchmarks.held_out runs/sotu
 """
 
 from llm_jax.config import Batch, Checkpoint, Data, Eval, Optimizer, Run, Schedule
@@ -12,8 +12,18 @@ from llm_jax.tasks import NextToken
 def get_config() -> Run:
     return Run(
         name="sotu",
-        model=ModelConfig(vocab_size=4096, max_length=256, layers=4, dim=192, heads=3, norm="rms", positions="rotary", qk_norm=True,
-                          tie_embeddings=False, embedding_scale=True),
+        model=ModelConfig(
+            vocab_size=4096,
+            max_length=256,
+            layers=4,
+            dim=192,
+            heads=3,
+            norm="rms",
+            positions="rotary",
+            qk_norm=True,
+            tie_embeddings=False,
+            embedding_scale=True,
+        ),
         task=NextToken(),
         data=Data(sources=("asset:sotu",), tokenizer="bpe:4096", heldout=0.05, window=16384),
         optimizer=Optimizer(name="muon", learning_rate=0.03, weight_decay=0.1),
@@ -21,5 +31,10 @@ def get_config() -> Run:
         steps=2400,
         batch=Batch(size=8, length=256),
         checkpoint=Checkpoint(every=400),
-        eval=Eval(every=400, batches=40, task=NextToken(overlap=128), prompts=("Fellow citizens of the Senate,", "The state of the Union is")),
+        eval=Eval(
+            every=400,
+            batches=40,
+            task=NextToken(overlap=128),
+            prompts=("Fellow citizens of the Senate,", "The state of the Union is"),
+        ),
     )

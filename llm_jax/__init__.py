@@ -1,10 +1,10 @@
 """llm_jax: a language model's whole life as transforms of a value.
 
-    model = llm_jax.load(path)
-    outputs = llm_jax.apply(model, batch)
-    texts = llm_jax.generate(model, prompts, max_new_tokens=64, temperature=0.0)
-    smaller = llm_jax.transform(model, change, key, aux=calibration)
-    llm_jax.save(smaller, path)
+model = llm_jax.load(path)
+outputs = llm_jax.apply(model, batch)
+texts = llm_jax.generate(model, prompts, max_new_tokens=64, temperature=0.0)
+smaller = llm_jax.transform(model, change, key, aux=calibration)
+llm_jax.save(smaller, path)
 """
 
 from typing import TYPE_CHECKING, Any

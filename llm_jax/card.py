@@ -24,8 +24,15 @@ LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tok
 @functools.cache
 def code_version() -> str:
     """The commit of the source tree, marked when it has changes, or the installed version."""
+
     def git(*arguments: str) -> str:
-        return subprocess.run(["git", "-C", str(Path(__file__).parent), *arguments], capture_output=True, text=True, timeout=10, check=True).stdout
+        return subprocess.run(
+            ["git", "-C", str(Path(__file__).parent), *arguments],
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=True,
+        ).stdout
 
     try:
         git("ls-files", "--error-unmatch", __file__)  # else the repository around it, if any, is that of somebody else
@@ -47,20 +54,31 @@ def library_versions() -> dict[str, str]:
     return {"python": platform.python_version(), **{name: _version(name) for name in LIBRARIES}}
 
 
-def make_card(run: configs.Run, model: ModelConfig, mesh: jax.sharding.Mesh, parents: list[str], sources: Any, **counts: Any) -> Card:
+def make_card(
+    run: configs.Run, model: ModelConfig, mesh: jax.sharding.Mesh, parents: list[str], sources: Any, **counts: Any
+) -> Card:
     """The card of a run at some point, whose weights are of the sizes `model`: `counts` are step, tokens, operations and results."""
     plain = configs.to_dict(run)
     return {
-        "name": run.name, "config": plain, "model": configs.to_dict(model), "parents": parents, "transforms": plain["transforms"], "sources": sources,
-        "seed": run.seed, "code": code_version(), "libraries": library_versions(),
+        "name": run.name,
+        "config": plain,
+        "model": configs.to_dict(model),
+        "parents": parents,
+        "transforms": plain["transforms"],
+        "sources": sources,
+        "seed": run.seed,
+        "code": code_version(),
+        "libraries": library_versions(),
         "device": {"kind": jax.devices()[0].device_kind, "count": jax.device_count(), "processes": jax.process_count()},
-        "mesh": {name: int(size) for name, size in mesh.shape.items()}, **counts,
+        "mesh": {name: int(size) for name, size in mesh.shape.items()},
+        **counts,
     }
 
 
 @jax.jit
 def _leaf_hashes(leaves: list[Array]) -> list[Array]:
     """Two 32-bit sums of each leaf's words mixed with their index: whole-number arithmetic, the same on any mesh."""
+
     def one(x: Array) -> Array:
         if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
             x = jax.random.key_data(x)

@@ -68,7 +68,10 @@ def _described(arrays: Any) -> dict[str, str]:
     >>> _described({"a": {"b": jax.ShapeDtypeStruct((2, 3), "int8")}})
     {'a/b': 'int8[2,3]'}
     """
-    return {name: f"{x.dtype}[{','.join(map(str, x.shape))}]" for name, x in zip(tree.names(arrays), jax.tree.leaves(arrays))}
+    return {
+        name: f"{x.dtype}[{','.join(map(str, x.shape))}]"
+        for name, x in zip(tree.names(arrays), jax.tree.leaves(arrays))
+    }
 
 
 def _mismatch(saved: dict[str, str], wanted: dict[str, str]) -> str:
@@ -98,7 +101,9 @@ def _texts(path: Path) -> dict[str, str]:
     return found
 
 
-def _load(path: Path, wanted: dict[str, Any], check: Callable[[Card], None] | None = None) -> tuple[dict[str, Any], dict[str, str]]:
+def _load(
+    path: Path, wanted: dict[str, Any], check: Callable[[Card], None] | None = None
+) -> tuple[dict[str, Any], dict[str, str]]:
     """The arrays asked for and the text files of a checkpoint; what cannot be read raises what the library raises."""
     files = _texts(path)
     card = json.loads(files["card.json"])
@@ -177,7 +182,9 @@ def save_params(path: Path, params: Any, card: Card, tokenizer: str | None = Non
     if path.is_file() or (path.is_dir() and any(path.iterdir())):
         raise CheckpointError(f"{path} exists already")
     try:
-        ocp.save_checkpointables(path, {"params": params, "about": _about(card, {"params": params}, tokenizer, None)}, overwrite=True)
+        ocp.save_checkpointables(
+            path, {"params": params, "about": _about(card, {"params": params}, tokenizer, None)}, overwrite=True
+        )
     except Exception as e:
         _remove_unfinished(path.parent, path.name)
         raise _failed(e, path) from e
@@ -186,8 +193,12 @@ def save_params(path: Path, params: Any, card: Card, tokenizer: str | None = Non
 def _about(card: Card, arrays: dict[str, Any], tokenizer: str | None, data: Any) -> _Files:
     card = {**card, "hashes": {name: content_hash(x) for name, x in arrays.items()}}
     described = {name: _described(x) for name, x in arrays.items()}
-    files = {"card.json": json.dumps(card, indent=1), "arrays.json": json.dumps(described, indent=1), "tokenizer.json": tokenizer,
-             "data.json": None if data is None else json.dumps(data)}
+    files = {
+        "card.json": json.dumps(card, indent=1),
+        "arrays.json": json.dumps(described, indent=1),
+        "tokenizer.json": tokenizer,
+        "data.json": None if data is None else json.dumps(data),
+    }
     kept = {name: text for name, text in files.items() if text is not None}
     sums = "".join(f"{hashlib.sha256(text.encode()).hexdigest()}  {name}\n" for name, text in kept.items())
     return _Files({**kept, SUMS: sums})
@@ -202,7 +213,9 @@ def _reason(error: BaseException) -> str:
 
 def _failed(error: BaseException, where: Path) -> CheckpointError:
     if is_full(error):
-        return CheckpointError(f"no space left on the disk of {where}: the checkpoint was not written; earlier ones are intact")
+        return CheckpointError(
+            f"no space left on the disk of {where}: the checkpoint was not written; earlier ones are intact"
+        )
     return CheckpointError(f"writing {where} failed: {_reason(error)}")
 
 
@@ -249,7 +262,9 @@ class Checkpoints:
             path = self.root / str(step)
             try:
                 arrays, files = _load(path, {"params": params, "state": state}, check)
-                found = Restored(arrays["params"], arrays["state"], json.loads(files["data.json"]), json.loads(files["card.json"]))
+                found = Restored(
+                    arrays["params"], arrays["state"], json.loads(files["data.json"]), json.loads(files["card.json"])
+                )
             except UserError:
                 raise
             except Exception as e:  # whatever is wrong with it, the one before may be whole
@@ -259,8 +274,10 @@ class Checkpoints:
                 self._set_aside(broken, reason, path)
             return found
         if damaged:
-            raise CheckpointError(f"none of the {len(damaged)} checkpoints in {self.root} can be read; they were left in place "
-                                  f"({damaged[0][0].name}: {damaged[0][1]}). Remove that folder to begin the run anew")
+            raise CheckpointError(
+                f"none of the {len(damaged)} checkpoints in {self.root} can be read; they were left in place "
+                f"({damaged[0][0].name}: {damaged[0][1]}). Remove that folder to begin the run anew"
+            )
         return None
 
     def _set_aside(self, path: Path, reason: str, instead: Path) -> None:
@@ -268,7 +285,13 @@ class Checkpoints:
         aside = _free_name(path.with_name(f"{path.name}.damaged"))
         if jax.process_index() == 0:
             path.rename(aside)
-        log.warning("checkpoint %s is incomplete or damaged (%s): set aside as %s, falling back to %s", path, reason, aside.name, instead)
+        log.warning(
+            "checkpoint %s is incomplete or damaged (%s): set aside as %s, falling back to %s",
+            path,
+            reason,
+            aside.name,
+            instead,
+        )
 
     def save(self, step: int, params: Any, state: Any, data: Any, card: Card, tokenizer: str | None) -> None:
         """Begin to write the checkpoint of a step, after the one before it is whole. What is saved is what the arrays hold now.
@@ -297,7 +320,7 @@ class Checkpoints:
     def _prune(self) -> None:
         known = steps(self.root.parent)
         scores = {step: score for step in known if math.isfinite(score := self._score(step))}
-        kept = {*known[-self.settings.keep:], *sorted(scores, key=lambda step: scores[step])[:1]}
+        kept = {*known[-self.settings.keep :], *sorted(scores, key=lambda step: scores[step])[:1]}
         for step in set(known) - kept:
             gone = _free_name(self.root / f"{step}.removing")
             (self.root / str(step)).rename(gone)
@@ -327,7 +350,11 @@ class Checkpoints:
 
 
 def _free_name(path: Path) -> Path:
-    return path if not path.exists() else next(p for i in range(1, 10**6) if not (p := path.with_name(f"{path.name}{i}")).exists())
+    return (
+        path
+        if not path.exists()
+        else next(p for i in range(1, 10**6) if not (p := path.with_name(f"{path.name}{i}")).exists())
+    )
 
 
 def abstract_like(tree_of_arrays: Any, shardings: Any) -> Any:

@@ -34,21 +34,29 @@ def _train(arguments: Sequence[str]) -> None:
 
     as_json = "--json" in arguments
     if not arguments or arguments[0] in ("-h", "--help"):
-        print("usage: python train.py --config=configs/NAME.py [--config.KEY=VALUE ...] [--json]\n\n"
-              "example: python train.py --config=configs/quickstart.py --config.optimizer.learning_rate=3e-4\n\n"
-              "Every key of the config can be overridden; the resolved config is printed first and kept as config.json in the run's folder.\n"
-              "The same command continues a run that was stopped.")
+        print(
+            "usage: python train.py --config=configs/NAME.py [--config.KEY=VALUE ...] [--json]\n\n"
+            "example: python train.py --config=configs/quickstart.py --config.optimizer.learning_rate=3e-4\n\n"
+            "Every key of the config can be overridden; the resolved config is printed first and kept as config.json in the run's folder.\n"
+            "The same command continues a run that was stopped."
+        )
         return
     run = config.parse([a for a in arguments if a != "--json"])
     from llm_jax import loop
 
     result = loop.train(run)
     lines = [f"prompt: {s['prompt']}\n{s['prompt']}{s['text']}\n" for s in result["samples"]]
-    lines += ["held out: " + "  ".join(f"{name} {x:.4f}" for name, x in result["eval"].items() if name != "tokens")] if result["eval"] else []
-    lines += [f"data: {result['data']['read']} documents read, {result['data']['dropped']} dropped, {result['data']['truncated']} truncated; "
-              f"{result['data']['tokens']} tokens, {result['data']['lost']} lost; padding {result['data']['padding']:.2%}; "
-              f"{result['data']['rows_without_targets']} of {result['data']['rows']} rows with nothing to predict",
-              f"{result['steps']} steps, {result['tokens']:.0f} tokens, {result['seconds']:.0f} s"]
+    lines += (
+        ["held out: " + "  ".join(f"{name} {x:.4f}" for name, x in result["eval"].items() if name != "tokens")]
+        if result["eval"]
+        else []
+    )
+    lines += [
+        f"data: {result['data']['read']} documents read, {result['data']['dropped']} dropped, {result['data']['truncated']} truncated; "
+        f"{result['data']['tokens']} tokens, {result['data']['lost']} lost; padding {result['data']['padding']:.2%}; "
+        f"{result['data']['rows_without_targets']} of {result['data']['rows']} rows with nothing to predict",
+        f"{result['steps']} steps, {result['tokens']:.0f} tokens, {result['seconds']:.0f} s",
+    ]
     lines += [f"{name}: {path}" for name, path in result["paths"].items()]
     _print(result, "\n".join(lines), as_json)
 
@@ -57,7 +65,9 @@ def _evaluate(arguments: Sequence[str]) -> None:
     """Held-out loss, perplexity, bits per byte and accuracy of a checkpoint on its run's held-out documents, or on other text."""
     parser = _parser("eval", _evaluate, "python -m llm_jax eval runs/quickstart --source='text:books/*.txt'")
     parser.add_argument("checkpoint", help="a checkpoint or a run's folder")
-    parser.add_argument("--source", action="append", default=[], help="source to evaluate on, e.g. text:GLOB; may be repeated")
+    parser.add_argument(
+        "--source", action="append", default=[], help="source to evaluate on, e.g. text:GLOB; may be repeated"
+    )
     parser.add_argument("--length", type=int, default=0, help="tokens of a row; by default that of the run")
     parser.add_argument("--batch", type=int, default=0, help="rows of a batch; by default that of the run")
     options = parser.parse_args(arguments)
@@ -69,7 +79,9 @@ def _evaluate(arguments: Sequence[str]) -> None:
 
 def _score(arguments: Sequence[str]) -> None:
     """The log-probability, in nats, of each token of a text and of the whole."""
-    parser = _parser("score", _score, "python -m llm_jax score runs/quickstart 'We hold these truths to be self-evident'")
+    parser = _parser(
+        "score", _score, "python -m llm_jax score runs/quickstart 'We hold these truths to be self-evident'"
+    )
     parser.add_argument("checkpoint", help="a checkpoint or a run's folder")
     parser.add_argument("text", help="the text; - reads it from standard input")
     options = parser.parse_args(arguments)
@@ -79,13 +91,23 @@ def _score(arguments: Sequence[str]) -> None:
     text = sys.stdin.read() if options.text == "-" else options.text
     found = evaluate.score(loaded.config, loaded.params, loaded.tokenizer, text)
     total = sum(p for _, p in found)
-    lines = [f"{p:10.4f}  {token!r}" for token, p in found] + [f"{total:10.4f}  in all, {total / len(found):.4f} a token"]
-    _print({"tokens": [{"token": t, "log_probability": p} for t, p in found], "log_probability": total}, "\n".join(lines), options.json)
+    lines = [f"{p:10.4f}  {token!r}" for token, p in found] + [
+        f"{total:10.4f}  in all, {total / len(found):.4f} a token"
+    ]
+    _print(
+        {"tokens": [{"token": t, "log_probability": p} for t, p in found], "log_probability": total},
+        "\n".join(lines),
+        options.json,
+    )
 
 
 def _generate(arguments: Sequence[str]) -> None:
     """Continue prompts, as the text comes."""
-    parser = _parser("generate", _generate, "python -m llm_jax generate runs/quickstart 'The state of the Union is' --temperature=0.8 --top-p=0.95")
+    parser = _parser(
+        "generate",
+        _generate,
+        "python -m llm_jax generate runs/quickstart 'The state of the Union is' --temperature=0.8 --top-p=0.95",
+    )
     parser.add_argument("checkpoint", help="a checkpoint or a run's folder")
     parser.add_argument("prompts", nargs="+", help="texts to continue")
     parser.add_argument("--max-new-tokens", type=int, default=64)
@@ -104,9 +126,18 @@ def _generate(arguments: Sequence[str]) -> None:
     if streaming:
         print(options.prompts[0], end="", flush=True)
     texts = model.generate(
-        loaded, options.prompts, max_new_tokens=options.max_new_tokens, temperature=options.temperature, top_k=options.top_k, top_p=options.top_p,
-        min_p=options.min_p, repetition_penalty=options.repetition_penalty, stop=options.stop, seed=options.seed,
-        on_text=(lambda row, more: print(more, end="", flush=True)) if streaming else None)
+        loaded,
+        options.prompts,
+        max_new_tokens=options.max_new_tokens,
+        temperature=options.temperature,
+        top_k=options.top_k,
+        top_p=options.top_p,
+        min_p=options.min_p,
+        repetition_penalty=options.repetition_penalty,
+        stop=options.stop,
+        seed=options.seed,
+        on_text=(lambda row, more: print(more, end="", flush=True)) if streaming else None,
+    )
     result = [{"prompt": p, "text": t} for p, t in zip(options.prompts, texts)]
     _print(result, "" if streaming else "\n\n".join(r["prompt"] + r["text"] for r in result), options.json)
 
@@ -123,12 +154,23 @@ def _show(arguments: Sequence[str]) -> None:
     print(json.dumps(read_card(Path(options.checkpoint)), indent=1))
 
 
-VERBS: dict[str, Callable[[Sequence[str]], None]] = {"train": _train, "eval": _evaluate, "score": _score, "generate": _generate, "show": _show}
+VERBS: dict[str, Callable[[Sequence[str]], None]] = {
+    "train": _train,
+    "eval": _evaluate,
+    "score": _score,
+    "generate": _generate,
+    "show": _show,
+}
 
 
 def _parser(verb: str, function: Callable[..., Any], example: str) -> _Parser:
-    parser = _Parser(prog=f"python -m llm_jax {verb}", description=function.__doc__, epilog=f"example: {example}",
-                     formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = _Parser(
+        prog=f"python -m llm_jax {verb}",
+        description=function.__doc__,
+        epilog=f"example: {example}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON value")
     return parser
 

@@ -11,7 +11,6 @@ import io
 import json
 import re
 import traceback
-import types
 import typing
 from pathlib import Path
 from typing import Any
@@ -239,11 +238,14 @@ class Run:
         positive(self, "run", "log_every")
         if self.task is None:
             raise ConfigError("run.task is not set: name one of llm_jax.tasks, e.g. NextToken()")
-        if not dataclasses.is_dataclass(self.task) or isinstance(self.task, type):
-            raise ConfigError(f"run.task is {self.task!r}: it must be a record of llm_jax.tasks, e.g. NextToken()")
+        for name, task in (("run.task", self.task), ("eval.task", self.eval.task)):
+            if task is not None and (not dataclasses.is_dataclass(task) or isinstance(task, type)):
+                raise ConfigError(f"{name} is {task!r}: it must be a record of llm_jax.tasks, e.g. NextToken()")
         for transform in self.transforms:
             if not hasattr(transform, "label"):
-                raise ConfigError(f"run.transforms holds {transform!r}: each must be a Transform, as the functions of llm_jax.transforms make")
+                raise ConfigError(
+                    f"run.transforms holds {transform!r}: each must be a Transform, as the functions of llm_jax.transforms make"
+                )
         if not self.name or "/" in self.name:
             raise ConfigError(f"run.name {self.name!r} must be a name without '/'")
 
@@ -261,7 +263,11 @@ def to_dict(record: Any) -> Any:
     """
     if dataclasses.is_dataclass(record) and not isinstance(record, type):
         plain = {f.name: to_dict(getattr(record, f.name)) for f in dataclasses.fields(record)}
-        return plain if type(record).__module__ in (__name__, ModelConfig.__module__) else {"kind": type(record).__name__, **plain}
+        return (
+            plain
+            if type(record).__module__ in (__name__, ModelConfig.__module__)
+            else {"kind": type(record).__name__, **plain}
+        )
     if hasattr(record, "label"):  # a transform is functions; its label tells which, with their arguments
         return record.label
     if isinstance(record, (tuple, list)):
@@ -291,8 +297,14 @@ def load(path: str | Path) -> Run:
     except UserError:
         raise
     except Exception as e:
-        lines = [f":{frame.lineno}" for frame in traceback.extract_tb(e.__traceback__) if Path(frame.filename) == path.absolute()]
-        raise ConfigError(f"{path}{''.join(lines[-1:])}: {type(e).__name__}: {e}{_suggest_keyword(str(e), vars(module))}") from e
+        lines = [
+            f":{frame.lineno}"
+            for frame in traceback.extract_tb(e.__traceback__)
+            if Path(frame.filename) == path.absolute()
+        ]
+        raise ConfigError(
+            f"{path}{''.join(lines[-1:])}: {type(e).__name__}: {e}{_suggest_keyword(str(e), vars(module))}"
+        ) from e
     if not isinstance(run, Run):
         raise ConfigError(f"{path}: get_config() returned a {type(run).__name__}, not a llm_jax.config.Run")
     _check_types(run, str(path))
@@ -303,7 +315,11 @@ def _suggest_keyword(message: str, names: dict[str, Any]) -> str:
     """The nearest field, where the message is Python's for a record made with an unknown one."""
     found = re.match(r"(\w+)\.__init__\(\) got an unexpected keyword argument '(\w+)'", message)
     kind = {**globals(), **names}.get(found[1]) if found else None
-    return suggest(found[2], [f.name for f in dataclasses.fields(kind)]) if found and dataclasses.is_dataclass(kind) else ""
+    return (
+        suggest(found[2], [f.name for f in dataclasses.fields(kind)])
+        if found and dataclasses.is_dataclass(kind)
+        else ""
+    )
 
 
 _WORDS = {int: "a whole number", float: "a number", bool: "True or False", str: "a text", type(None): "None"}
@@ -316,7 +332,11 @@ def _describe(annotation: Any) -> str:
         if options[1:] == (...,):
             return f"a tuple (separated by spaces on the command line), each value {_describe(options[0])}"
         return " and ".join(map(_describe, options))
-    return " or ".join(map(_describe, options)) if options else _WORDS.get(annotation, getattr(annotation, "__name__", str(annotation)))
+    return (
+        " or ".join(map(_describe, options))
+        if options
+        else _WORDS.get(annotation, getattr(annotation, "__name__", str(annotation)))
+    )
 
 
 def _fits(value: Any, annotation: Any) -> bool:
@@ -368,12 +388,15 @@ def _check_key(run: Any, key: str) -> tuple[Any, Any]:
         kind = _record_type(hints[name], value)
         if depth + 1 == len(names):
             if kind is not None:
-                raise ConfigError(f"{whole} is a record: set one of its parts, e.g. --{whole}.{dataclasses.fields(kind)[0].name}=...")
-            if Any in typing.get_args(hints[name]):
+                raise ConfigError(
+                    f"{whole} is a record: set one of its parts, e.g. --{whole}.{dataclasses.fields(kind)[0].name}=..."
+                )
+            if Any in (hints[name], *typing.get_args(hints[name])):
                 raise ConfigError(f"{whole} cannot be given on the command line: set it in the config file")
             return record, hints[name]
         if kind is None:
-            raise ConfigError(f"unknown key {whole!r}: {where}.{name} has no parts")
+            missing = f"is None: set {where}.{name} in the config file" if hints[name] is Any else "has no parts"
+            raise ConfigError(f"unknown key {whole!r}: {where}.{name} {missing}")
         filled, annotation = walk(kind() if value is None else value, depth + 1)
         return dataclasses.replace(record, **{name: filled}), annotation
 
@@ -386,7 +409,9 @@ def _typed(run: Run, arguments: list[str]) -> Run | None:
 
     try:
         with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
-            return tyro.cli(type(run), default=run, args=arguments, config=(tyro.conf.FlagConversionOff, tyro.conf.AvoidSubcommands))
+            return tyro.cli(
+                type(run), default=run, args=arguments, config=(tyro.conf.FlagConversionOff, tyro.conf.AvoidSubcommands)
+            )
     except SystemExit:
         return None
 
@@ -410,7 +435,9 @@ def override(run: Run, arguments: typing.Sequence[str]) -> Run:
     for argument in arguments:
         if argument.startswith("--"):
             if not argument.startswith("--config."):
-                raise ConfigError(f"unknown option {argument.split('=')[0]!r}: overrides are written --config.KEY=VALUE")
+                raise ConfigError(
+                    f"unknown option {argument.split('=')[0]!r}: overrides are written --config.KEY=VALUE"
+                )
             groups.append(["--" + argument.removeprefix("--config.")])
             run, annotation = _check_key(run, groups[-1][0][2:].split("=")[0])
             annotations.append(annotation)
@@ -435,9 +462,9 @@ def parse(arguments: typing.Sequence[str]) -> Run:
         if argument == "--config":
             if i + 1 == len(rest):
                 raise ConfigError("--config names no file: say --config=configs/NAME.py")
-            return override(load(rest[i + 1]), rest[:i] + rest[i + 2:])
+            return override(load(rest[i + 1]), rest[:i] + rest[i + 2 :])
         if argument.startswith("--config="):
-            return override(load(argument.removeprefix("--config=")), rest[:i] + rest[i + 1:])
+            return override(load(argument.removeprefix("--config=")), rest[:i] + rest[i + 1 :])
     raise ConfigError("no config: say --config=configs/NAME.py")
 
 

@@ -33,7 +33,9 @@ def make_eval_step(loss: LossFn):
     return jax.jit(eval_step)
 
 
-def evaluate(eval_step: Any, params: Any, loader: Loader, mesh: jax.sharding.Mesh, reference: Any = None, batches: int = 0) -> dict[str, float]:
+def evaluate(
+    eval_step: Any, params: Any, loader: Loader, mesh: jax.sharding.Mesh, reference: Any = None, batches: int = 0
+) -> dict[str, float]:
     """Loss a token, perplexity, bits a byte of text and accuracy over the loader's rows (the first `batches`, or all).
 
     Bits a byte are given where each token of the text is predicted once. The loader is put back to where it was.
@@ -68,8 +70,10 @@ def score(sizes: ModelConfig, params: Any, tokenizer: Tokenizer, text: str) -> l
         UserError: the model is no decoder of text.
     """
     if sizes.architecture != "decoder" or sizes.head != "lm":
-        raise UserError(f"a model of architecture {sizes.architecture!r} with head {sizes.head!r} gives a text no probability: "
-                        "it needs a decoder with head 'lm'")
+        raise UserError(
+            f"a model of architecture {sizes.architecture!r} with head {sizes.head!r} gives a text no probability: "
+            "it needs a decoder with head 'lm'"
+        )
     symbols = document(text, tokenizer)
     inputs, targets = symbols[:-1], symbols[1:]
     length = min(sizes.max_length, max(16, 1 << (len(inputs) - 1).bit_length()))
@@ -78,9 +82,9 @@ def score(sizes: ModelConfig, params: Any, tokenizer: Tokenizer, text: str) -> l
         start = 0 if not found else max(0, min(len(found) - length // 2, len(targets) - length))
         row = np.zeros((2, 1, length), np.int32)
         count = min(length, len(targets) - start)
-        row[0, 0, :count], row[1, 0, :count] = inputs[start: start + count], targets[start: start + count]
+        row[0, 0, :count], row[1, 0, :count] = inputs[start : start + count], targets[start : start + count]
         logs = np.asarray(_log_probabilities(sizes, params, row[0], row[1]))[0]
-        found += [float(x) for x in logs[len(found) - start: count]]
+        found += [float(x) for x in logs[len(found) - start : count]]
     return [(tokenizer.token(int(t)), p) for t, p in zip(targets, found)]
 
 
@@ -103,7 +107,9 @@ def evaluate_checkpoint(path: str, sources: tuple[str, ...] = (), length: int = 
     saved = loaded.card["config"]
     try:
         task = tasks.from_dict(saved["eval"]["task"] or saved["task"])
-        plain: dict[str, Any] = {name: tuple(map(_tuple, x)) if isinstance(x, list) else x for name, x in saved["data"].items()}
+        plain: dict[str, Any] = {
+            name: tuple(map(_tuple, x)) if isinstance(x, list) else x for name, x in saved["data"].items()
+        }
         data = config.Data(**plain)
         batch = config.Batch(size=rows or saved["batch"]["size"], length=length or saved["batch"]["length"])
     except (KeyError, TypeError) as e:
@@ -111,9 +117,14 @@ def evaluate_checkpoint(path: str, sources: tuple[str, ...] = (), length: int = 
     if sources:
         data = dataclasses.replace(data, heldout_sources=sources)
     if loaded.config.positions == "learned" and batch.length > loaded.config.max_length:
-        raise UserError(f"rows of {batch.length} tokens are longer than the model's table of positions, {loaded.config.max_length}")
+        raise UserError(
+            f"rows of {batch.length} tokens are longer than the model's table of positions, {loaded.config.max_length}"
+        )
     mesh = sharding.make_mesh()
-    with Loader(open_sources(data, "heldout"), loaded.tokenizer, task, data, batch, 0, "heldout") as loader, jax.set_mesh(mesh):
+    with (
+        Loader(open_sources(data, "heldout"), loaded.tokenizer, task, data, batch, 0, "heldout") as loader,
+        jax.set_mesh(mesh),
+    ):
         return evaluate(make_eval_step(task.loss(loaded.config)), loaded.params, loader, mesh)
 
 

@@ -13,9 +13,19 @@ from llm_jax.models import transformer
 from llm_jax.models.config import ModelConfig
 
 PEAK = {
-    "TPU v4": 275e12, "TPU v5 lite": 197e12, "TPU v5e": 197e12, "TPU v5": 459e12, "TPU v5p": 459e12, "TPU v6 lite": 918e12,
-    "TPU v6e": 918e12, "NVIDIA A100": 312e12, "NVIDIA H100": 989e12, "NVIDIA H200": 989e12, "NVIDIA B200": 2250e12,
-    "NVIDIA L4": 121e12, "Tesla V100": 125e12,
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5e": 197e12,
+    "TPU v5": 459e12,
+    "TPU v5p": 459e12,
+    "TPU v6 lite": 918e12,
+    "TPU v6e": 918e12,
+    "NVIDIA A100": 312e12,
+    "NVIDIA H100": 989e12,
+    "NVIDIA H200": 989e12,
+    "NVIDIA B200": 2250e12,
+    "NVIDIA L4": 121e12,
+    "Tesla V100": 125e12,
 }
 """Dense bfloat16 operations a second of a device, by the makers' data sheets (V100: float16)."""
 
@@ -28,8 +38,11 @@ def forward_flops(config: ModelConfig, shapes: Mapping[str, tuple[int, ...]]) ->
     weights = transformer.shapes(config)
 
     def stack(side: str, skip: tuple[str, ...] = ()) -> float:
-        return sum(tree.size(x) for name, x in zip(tree.names(weights[side]), jax.tree.leaves(weights[side]))
-                   if "norm" not in name and "bias" not in name and not any(s in name for s in skip))
+        return sum(
+            tree.size(x)
+            for name, x in zip(tree.names(weights[side]), jax.tree.leaves(weights[side]))
+            if "norm" not in name and "bias" not in name and not any(s in name for s in skip)
+        )
 
     rows, length = shapes["tokens"]
     width = config.heads * config.head_size
@@ -42,7 +55,9 @@ def forward_flops(config: ModelConfig, shapes: Mapping[str, tuple[int, ...]]) ->
         source = shapes["encoder_tokens"][1]
         cross = tree.size([weights["decoder"]["layers"]["cross"][name] for name in ("key", "value")])
         total += rows * source * (2 * stack("encoder") + 4 * config.layers * source * width + 2 * cross)
-        total += rows * length * (2 * (stack("decoder") - cross) + config.decoder_depth * width * (2 * length + 4 * source))
+        total += (
+            rows * length * (2 * (stack("decoder") - cross) + config.decoder_depth * width * (2 * length + 4 * source))
+        )
     if config.head in ("lm", "mlm"):
         asked = shapes.get("predict", shapes["tokens"])
         dense = config.dim**2 if config.head == "mlm" else 0

@@ -36,8 +36,16 @@ class Sampling:
     """divide positive and multiply negative logits of tokens seen before (CTRL, section 4.1)"""
 
     def __post_init__(self):
-        if self.temperature < 0 or self.top_k < 0 or not 0 < self.top_p <= 1 or not 0 <= self.min_p <= 1 or self.repetition_penalty <= 0:
-            raise UserError(f"bad sampling: {self}: temperature and top_k at least 0, top_p in (0, 1], min_p in [0, 1], repetition_penalty above 0")
+        if (
+            self.temperature < 0
+            or self.top_k < 0
+            or not 0 < self.top_p <= 1
+            or not 0 <= self.min_p <= 1
+            or self.repetition_penalty <= 0
+        ):
+            raise UserError(
+                f"bad sampling: {self}: temperature and top_k at least 0, top_p in (0, 1], min_p in [0, 1], repetition_penalty above 0"
+            )
 
 
 class _Going(NamedTuple):
@@ -74,7 +82,9 @@ def filter_logits(logits: Float[Array, "B V"], seen: Bool[Array, "B V"], samplin
     return logits
 
 
-def choose_token(logits: Float[Array, "B V"], seen: Bool[Array, "B V"], sampling: Sampling, key: Array, step: Int[Array, ""]) -> Int[Array, "B"]:
+def choose_token(
+    logits: Float[Array, "B V"], seen: Bool[Array, "B V"], sampling: Sampling, key: Array, step: Int[Array, ""]
+) -> Int[Array, "B"]:
     """The next token of each row: the most probable, or drawn with a key of the row and the step."""
     logits = filter_logits(logits, seen, sampling)
     if sampling.temperature == 0:
@@ -93,30 +103,48 @@ def _prefill(config: ModelConfig, params: Any, batch: dict[str, Array], slots: i
     cache = transformer.empty_cache(config, rows, slots)
     if "encoder_tokens" in batch:
         cache = transformer.cross_cache(config, params, batch, cache)
-    outputs = transformer.apply(config, params, {"tokens": tokens, "positions": index, "segment_ids": segments,
-                                                 "predict": lengths[:, None] - 1}, cache=cache)
+    outputs = transformer.apply(
+        config,
+        params,
+        {"tokens": tokens, "positions": index, "segment_ids": segments, "predict": lengths[:, None] - 1},
+        cache=cache,
+    )
     assert outputs.logits is not None
     seen = jnp.zeros((rows, config.vocab_size), bool).at[jnp.arange(rows)[:, None], tokens].max(segments > 0)
     return _Going(outputs.cache, outputs.logits[:, 0], lengths, seen, jnp.zeros(rows, bool), jnp.zeros((), jnp.int32))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 3, 5, 6), donate_argnums=2)
-def _decode(config: ModelConfig, params: Any, going: _Going, sampling: Sampling, key: Array, count: int, known: int, end: Array) -> tuple[_Going, Array]:
+def _decode(
+    config: ModelConfig, params: Any, going: _Going, sampling: Sampling, key: Array, count: int, known: int, end: Array
+) -> tuple[_Going, Array]:
     """Up to `count` more tokens below `known` of each row, (count, B); rows that are done repeat `end`."""
     rows = going.done.shape[0]
     named = jnp.arange(config.vocab_size) < known
 
     def one(carry: tuple[_Going, Array, Array]) -> tuple[_Going, Array, Array]:
         going, made, i = carry
-        token = jnp.where(going.done, end, choose_token(jnp.where(named, going.logits, -jnp.inf), going.seen, sampling, key, going.step))
+        token = jnp.where(
+            going.done,
+            end,
+            choose_token(jnp.where(named, going.logits, -jnp.inf), going.seen, sampling, key, going.step),
+        )
         done = going.done | (token == end)
-        outputs = transformer.apply(config, params, {"tokens": token[:, None], "positions": going.positions[:, None]}, cache=going.cache)
+        outputs = transformer.apply(
+            config, params, {"tokens": token[:, None], "positions": going.positions[:, None]}, cache=going.cache
+        )
         assert outputs.logits is not None
         seen = going.seen.at[jnp.arange(rows), token].set(True)
-        return (_Going(outputs.cache, outputs.logits[:, 0], going.positions + 1, seen, done, going.step + 1), made.at[i].set(token), i + 1)
+        return (
+            _Going(outputs.cache, outputs.logits[:, 0], going.positions + 1, seen, done, going.step + 1),
+            made.at[i].set(token),
+            i + 1,
+        )
 
     made = jnp.full((count, rows), end, jnp.int32)
-    going, made, _ = jax.lax.while_loop(lambda c: (c[2] < count) & ~jnp.all(c[0].done), one, (going, made, jnp.zeros((), jnp.int32)))
+    going, made, _ = jax.lax.while_loop(
+        lambda c: (c[2] < count) & ~jnp.all(c[0].done), one, (going, made, jnp.zeros((), jnp.int32))
+    )
     return going, made
 
 
@@ -136,8 +164,12 @@ def _prompts(config: ModelConfig, tokenizer: Tokenizer, prompts: Sequence[str], 
     if config.architecture == "encoder-decoder":
         wide, lengths = _padded([np.concatenate([row, [] if end < 0 else [end]]) for row in rows])
         start = tokenizer.pad if tokenizer.bos is None and tokenizer.pad is not None else begin
-        return {"tokens": np.full((len(rows), 1), start, np.int32), "lengths": np.ones(len(rows), np.int32), "encoder_tokens": wide,
-                "encoder_segment_ids": (np.arange(wide.shape[1]) < lengths[:, None]).astype(np.int32)}
+        return {
+            "tokens": np.full((len(rows), 1), start, np.int32),
+            "lengths": np.ones(len(rows), np.int32),
+            "encoder_tokens": wide,
+            "encoder_segment_ids": (np.arange(wide.shape[1]) < lengths[:, None]).astype(np.int32),
+        }
     rows = [row if begin is None else np.concatenate([[begin], row]) for row in rows]
     if any(len(row) == 0 for row in rows):
         raise UserError("an empty prompt needs a tokenizer with a begin token")
@@ -145,8 +177,18 @@ def _prompts(config: ModelConfig, tokenizer: Tokenizer, prompts: Sequence[str], 
     return {"tokens": wide, "lengths": lengths}
 
 
-def stream(config: ModelConfig, params: Any, tokenizer: Tokenizer, prompts: Sequence[str], *, max_new_tokens: int = 64,
-           sampling: Sampling = Sampling(), stop: Sequence[str] = (), seed: int = 0, chunk: int = 8) -> Iterator[list[str]]:
+def stream(
+    config: ModelConfig,
+    params: Any,
+    tokenizer: Tokenizer,
+    prompts: Sequence[str],
+    *,
+    max_new_tokens: int = 64,
+    sampling: Sampling = Sampling(),
+    stop: Sequence[str] = (),
+    seed: int = 0,
+    chunk: int = 8,
+) -> Iterator[list[str]]:
     """The texts so far of each prompt, again after each `chunk` tokens; each begins with the one before it.
 
     Text that may still turn into a stop string, or into another character, is held back until it is settled.
@@ -155,16 +197,22 @@ def stream(config: ModelConfig, params: Any, tokenizer: Tokenizer, prompts: Sequ
         UserError: an encoder, no prompt, or more positions than the model has.
     """
     if config.architecture == "encoder" or config.head != "lm":
-        raise UserError(f"a model of architecture {config.architecture!r} with head {config.head!r} cannot generate: it needs a decoder with head 'lm'")
+        raise UserError(
+            f"a model of architecture {config.architecture!r} with head {config.head!r} cannot generate: it needs a decoder with head 'lm'"
+        )
     if not prompts:
         raise UserError("no prompt to continue")
     if max_new_tokens < 1:
         raise UserError(f"max_new_tokens is {max_new_tokens}: it must be at least 1")
     end = next((i for i in (tokenizer.eos, tokenizer.sep) if i is not None), -1)
     batch = _prompts(config, tokenizer, prompts, end)
-    longest = max(int(batch["lengths"].max()) + max_new_tokens, int(np.sum(batch.get("encoder_segment_ids", 0), axis=-1).max()))
+    longest = max(
+        int(batch["lengths"].max()) + max_new_tokens, int(np.sum(batch.get("encoder_segment_ids", 0), axis=-1).max())
+    )
     if longest > config.max_length and config.positions == "learned":
-        raise UserError(f"prompt and continuation take {longest} positions, the model has {config.max_length}: shorten one of them")
+        raise UserError(
+            f"prompt and continuation take {longest} positions, the model has {config.max_length}: shorten one of them"
+        )
     if jax.default_backend() == "cpu":
         params = transformer.unstacked(config, params)
     chunk = min(chunk, max_new_tokens)
@@ -199,23 +247,44 @@ def _settled(text: str, stop: Sequence[str], last: bool) -> tuple[str, bool]:
         return text, False
     keep = len(text.rstrip("\ufffd"))
     for s in stop:
-        keep = min(keep, next((len(text) - n for n in range(min(len(s) - 1, len(text)), 0, -1) if text.endswith(s[:n])), keep))
+        keep = min(
+            keep, next((len(text) - n for n in range(min(len(s) - 1, len(text)), 0, -1) if text.endswith(s[:n])), keep)
+        )
     return text[:keep], False
 
 
-def generate(config: ModelConfig, params: Any, tokenizer: Tokenizer, prompts: Sequence[str], *, max_new_tokens: int = 64, stop: Sequence[str] = (),
-             seed: int = 0, on_text: Callable[[int, str], None] | None = None, **sampling: Any) -> list[str]:
+def generate(
+    config: ModelConfig,
+    params: Any,
+    tokenizer: Tokenizer,
+    prompts: Sequence[str],
+    *,
+    max_new_tokens: int = 64,
+    stop: Sequence[str] = (),
+    seed: int = 0,
+    on_text: Callable[[int, str], None] | None = None,
+    **sampling: Any,
+) -> list[str]:
     """The continuation of each prompt, without it. `on_text(row, more)` is called with each piece of text as it is settled.
 
     Args:
         sampling: the fields of `Sampling`, e.g. temperature=0.8, top_p=0.95; greedy without them.
     """
     texts = [""] * len(prompts)
-    for now in stream(config, params, tokenizer, prompts, max_new_tokens=max_new_tokens, sampling=Sampling(**sampling), stop=stop, seed=seed,
-                      chunk=4 if on_text else 32):
+    for now in stream(
+        config,
+        params,
+        tokenizer,
+        prompts,
+        max_new_tokens=max_new_tokens,
+        sampling=Sampling(**sampling),
+        stop=stop,
+        seed=seed,
+        chunk=4 if on_text else 32,
+    ):
         if on_text:
             for row, (old, new) in enumerate(zip(texts, now)):
                 if len(new) > len(old):
-                    on_text(row, new[len(old):])
+                    on_text(row, new[len(old) :])
         texts = now
     return texts

@@ -8,22 +8,40 @@ import time
 from pathlib import Path
 from typing import Any
 
+
 class Metrics:
     """Writes the metrics of a run as they come; a resumed run continues the files at its step. A silent one writes nothing."""
 
     def __init__(self, folder: Path, start: int, steps: int, silent: bool = False):
         from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+        from rich.progress import (
+            BarColumn,
+            MofNCompleteColumn,
+            Progress,
+            TextColumn,
+            TimeElapsedColumn,
+            TimeRemainingColumn,
+        )
 
         path = Path(os.devnull) if silent else Path(folder) / "metrics.jsonl"
         if not silent:
             keep_until(path, start)
         self._file = path.open("a", encoding="utf-8")
-        self._board = _summary_writer()(str(Path(folder) / "tensorboard"), purge_step=start + 1, flush_secs=30, write_to_disk=not silent)
+        self._board = _summary_writer()(
+            str(Path(folder) / "tensorboard"), purge_step=start + 1, flush_secs=30, write_to_disk=not silent
+        )
         self._lines = not silent and not sys.stderr.isatty()
         self._console = Console(stderr=True, quiet=silent)
-        self._bar = Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[said]}"),
-                             TimeElapsedColumn(), TimeRemainingColumn(), console=self._console, disable=silent or self._lines)
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[said]}"),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            console=self._console,
+            disable=silent or self._lines,
+        )
         self._task = self._bar.add_task("training", total=steps, completed=start, said="")
         self._said = 0.0
         self._bar.start()
@@ -98,8 +116,13 @@ def draw_curves(folder: Path) -> Path:
     from matplotlib import pyplot
 
     entries = read(Path(folder) / "metrics.jsonl")
-    figure, (top, bottom) = pyplot.subplots(2, 1, figsize=(8, 6), sharex=True, height_ratios=[3, 1], layout="constrained")
-    for name, label, style in (("loss", "training", dict(color="0.6", linewidth=1)), ("eval/loss", "held out", dict(color="C0", marker="o"))):
+    figure, (top, bottom) = pyplot.subplots(
+        2, 1, figsize=(8, 6), sharex=True, height_ratios=[3, 1], layout="constrained"
+    )
+    for name, label, style in (
+        ("loss", "training", dict(color="0.6", linewidth=1)),
+        ("eval/loss", "held out", dict(color="C0", marker="o")),
+    ):
         points = [(e["step"], e[name]) for e in entries if e.get(name) is not None]
         if points:
             top.plot(*zip(*points), label=label, **style)

@@ -6,7 +6,6 @@ alone: keys are folded from it, and the place in the data is saved beside the we
 
 import json
 import logging
-import math
 import time
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,17 @@ from llm_jax.platform import gather, setup
 
 log = logging.getLogger(__name__)
 
-FREE = ("steps", "log_every", "workdir", "eval", "checkpoint", "mesh", "data.workers", "data.max_dropped", "optimizer.max_nonfinite")
+FREE = (
+    "steps",
+    "log_every",
+    "workdir",
+    "eval",
+    "checkpoint",
+    "mesh",
+    "data.workers",
+    "data.max_dropped",
+    "optimizer.max_nonfinite",
+)
 """Keys that may differ between a run and its continuation; `check_fingerprint` judges the workers."""
 
 
@@ -46,7 +55,9 @@ def train(run: Run) -> dict[str, Any]:
             return _Session(parts).carry_out(begin)
     except OSError as e:
         if checkpoint.is_full(e):
-            raise CheckpointError(f"no space left on the disk of {run.folder}: the run stopped; its earlier checkpoints are intact") from e
+            raise CheckpointError(
+                f"no space left on the disk of {run.folder}: the run stopped; its earlier checkpoints are intact"
+            ) from e
         if isinstance(e.filename, str) and _concerns(Path(e.filename).absolute(), run.folder.absolute()):
             raise CheckpointError(f"cannot write {e.filename}: {e.strerror}") from e
         raise
@@ -65,8 +76,11 @@ def _differences(there: Any, here: Any, prefix: str = "") -> list[str]:
     if prefix in FREE:
         return []
     if isinstance(there, dict) and isinstance(here, dict):
-        return [line for name in sorted({*there, *here})
-                for line in _differences(there.get(name), here.get(name), f"{prefix}.{name}" if prefix else name)]
+        return [
+            line
+            for name in sorted({*there, *here})
+            for line in _differences(there.get(name), here.get(name), f"{prefix}.{name}" if prefix else name)
+        ]
     return [] if there == here else [f"{prefix} is {json.dumps(there)} there and {json.dumps(here)} here"]
 
 
@@ -74,8 +88,10 @@ def _check_continues(parts: Parts, card: cards.Card) -> None:
     """Raise unless the run continues the one with this card."""
     different = _differences(card["config"], json.loads(json.dumps(to_dict(parts.run))))
     if different:
-        raise CheckpointError(f"{parts.run.folder} holds a run of another config ({different[0]}): "
-                              "give this one another name or workdir, or remove that folder")
+        raise CheckpointError(
+            f"{parts.run.folder} holds a run of another config ({different[0]}): "
+            "give this one another name or workdir, or remove that folder"
+        )
     if not parts.run.checkpoint.allow_changed_data:
         check_fingerprint(card["sources"], parts.train.fingerprint())
 
@@ -110,9 +126,11 @@ class _Session:
         parts = self.parts
         params, rest = jax.eval_shape(_kept, parts.abstract)
         placed = parts.shardings._asdict()
-        found = self.saved.restore(checkpoint.abstract_like(params, placed["params"]),
-                                   {name: checkpoint.abstract_like(x, placed[name]) for name, x in rest.items()},
-                                   lambda card: _check_continues(parts, card))
+        found = self.saved.restore(
+            checkpoint.abstract_like(params, placed["params"]),
+            {name: checkpoint.abstract_like(x, placed[name]) for name, x in rest.items()},
+            lambda card: _check_continues(parts, card),
+        )
         self.resumed = found is not None
         if found is None:
             self.accounting, self.counts = Accounting(), {"tokens": 0.0, "flops": 0.0}
@@ -180,13 +198,23 @@ class _Session:
             tokens = values.pop("weight")
             self.counts["tokens"] += tokens
             if at % self.run.log_every == 0 or at == self.run.steps:
-                self.metrics.write(at, {
-                    **values, "learning_rate": self.run.optimizer.learning_rate * float(self.parts.schedule(at - 1)),
-                    "samples": told["samples"], "seconds": seconds, "input_wait": told["input_wait"], "tokens_per_second": tokens / seconds,
-                    "mfu": told["work"] / seconds / self.peak if self.peak else 0.0})
+                self.metrics.write(
+                    at,
+                    {
+                        **values,
+                        "learning_rate": self.run.optimizer.learning_rate * float(self.parts.schedule(at - 1)),
+                        "samples": told["samples"],
+                        "seconds": seconds,
+                        "input_wait": told["input_wait"],
+                        "tokens_per_second": tokens / seconds,
+                        "mfu": told["work"] / seconds / self.peak if self.peak else 0.0,
+                    },
+                )
             self.metrics.show(at, {"loss": values["loss"], "tokens/s": tokens / seconds})
             if values["skipped_in_a_row"] >= self.run.optimizer.max_nonfinite:
-                self.stop(f"step {at}: loss or gradient was not finite {values['skipped_in_a_row']} times in a row (optimizer.max_nonfinite)")
+                self.stop(
+                    f"step {at}: loss or gradient was not finite {values['skipped_in_a_row']} times in a row (optimizer.max_nonfinite)"
+                )
 
     def _lap(self) -> float:
         """Seconds since it was last asked."""
@@ -197,8 +225,14 @@ class _Session:
         """Raise a NonFiniteError that says where the last good weights are."""
         self.saved.wait()
         known = checkpoint.steps(self.run.folder)
-        raise NonFiniteError(f"{reason}; " + (f"the last checkpoint is step {known[-1]} in {self.run.folder}" if known
-                                              else "no checkpoint was saved yet"))
+        raise NonFiniteError(
+            f"{reason}; "
+            + (
+                f"the last checkpoint is step {known[-1]} in {self.run.folder}"
+                if known
+                else "no checkpoint was saved yet"
+            )
+        )
 
     def evaluate(self, batches: int) -> None:
         """Held-out loss with the averaged weights, written beside the training metrics."""
@@ -206,13 +240,18 @@ class _Session:
         if self.parts.heldout is None:
             return
         params = optim.eval_params(self.state.opt_state, self.state.params)
-        found = evaluate.evaluate(self.parts.eval_step, params, self.parts.heldout, self.parts.mesh, self.state.reference, batches)
+        found = evaluate.evaluate(
+            self.parts.eval_step, params, self.parts.heldout, self.parts.mesh, self.state.reference, batches
+        )
         if found and self.run.checkpoint.best:
             choose("checkpoint.best", self.run.checkpoint.best, found)
         self.results = {"step": self.at, **found}
         if not (self.resumed and self.at == self.start):  # else the file has it already
             self.metrics.write(self.at, {f"eval/{name}": x for name, x in found.items()})
-        self.metrics.say(f"step {self.at}  held out: " + "  ".join(f"{name} {x:.4f}" for name, x in found.items() if name != "tokens"))
+        self.metrics.say(
+            f"step {self.at}  held out: "
+            + "  ".join(f"{name} {x:.4f}" for name, x in found.items() if name != "tokens")
+        )
         self._lap()
 
     def save(self) -> None:
@@ -228,11 +267,21 @@ class _Session:
             log.warning("step %d is not saved: its update and %d before it were skipped", self.at, skipped - 1)
             return
         if skipped or not all(jax.device_get(_finite(jax.tree.leaves((params, rest.get("params")))))):
-            self.stop(f"step {self.at}: {'its update was skipped' if skipped else 'the weights are not finite'}, so it is not saved")
+            self.stop(
+                f"step {self.at}: {'its update was skipped' if skipped else 'the weights are not finite'}, so it is not saved"
+            )
         parts = self.parts
         data = {"loader": gather(parts.train.get_state()), "accounting": self.totals()}
-        card = cards.make_card(self.run, parts.model, parts.mesh, self.parents, parts.train.fingerprint(), step=self.at, results=self.results,
-                               **self.counts)
+        card = cards.make_card(
+            self.run,
+            parts.model,
+            parts.mesh,
+            self.parents,
+            parts.train.fingerprint(),
+            step=self.at,
+            results=self.results,
+            **self.counts,
+        )
         self.saved.save(self.at, params, rest, data, card, parts.tokenizer.to_json())
         self._lap()
 
@@ -245,10 +294,22 @@ class _Session:
         folder, newest = self.run.folder, checkpoint.find(self.run.folder)
         names = {"metrics": "metrics.jsonl", "tensorboard": "tensorboard", "curves": "curves.png"}
         result = {
-            "name": self.run.name, "steps": self.at, "eval": {k: v for k, v in self.results.items() if k != "step"},
-            "data": Accounting(self.totals()).report(), "skipped": int(self.state.skipped), **self.counts, "seconds": time.time() - begin,
-            "steps_this_time": self.at - self.start, "peak_flops": [self.peak, self.peak_source], "samples": self.samples(),
-            "paths": {"folder": str(folder), "checkpoint": str(newest), **{what: str(folder / name) for what, name in names.items()}}}
+            "name": self.run.name,
+            "steps": self.at,
+            "eval": {k: v for k, v in self.results.items() if k != "step"},
+            "data": Accounting(self.totals()).report(),
+            "skipped": int(self.state.skipped),
+            **self.counts,
+            "seconds": time.time() - begin,
+            "steps_this_time": self.at - self.start,
+            "peak_flops": [self.peak, self.peak_source],
+            "samples": self.samples(),
+            "paths": {
+                "folder": str(folder),
+                "checkpoint": str(newest),
+                **{what: str(folder / name) for what, name in names.items()},
+            },
+        }
         if self.lead:
             logs.draw_curves(folder)
             (folder / "card.json").write_text(json.dumps(checkpoint.read_card(newest), indent=1), encoding="utf-8")
@@ -261,8 +322,16 @@ class _Session:
         if not prompts or model.architecture == "encoder":
             return []
         params = optim.eval_params(self.state.opt_state, self.state.params)
-        texts = generation.generate(model, params, self.parts.tokenizer, prompts, max_new_tokens=self.run.eval.max_new_tokens, temperature=0.8,
-                                  top_p=0.95, seed=self.run.seed)
+        texts = generation.generate(
+            model,
+            params,
+            self.parts.tokenizer,
+            prompts,
+            max_new_tokens=self.run.eval.max_new_tokens,
+            temperature=0.8,
+            top_p=0.95,
+            seed=self.run.seed,
+        )
         return [{"prompt": prompt, "text": text} for prompt, text in zip(prompts, texts)]
 
 

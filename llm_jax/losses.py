@@ -40,8 +40,14 @@ GradFn = Callable[..., tuple[Loss, Any]]
 """(params, batch, key, reference) -> (Loss, gradient of `total` by the params)."""
 
 
-def cross_entropy(outputs: Outputs, targets: Int[Array, "B S"], weights: Float[Array, "B S"], *, label_smoothing: float = 0.0,
-                  z_loss: float = 0.0) -> Loss:
+def cross_entropy(
+    outputs: Outputs,
+    targets: Int[Array, "B S"],
+    weights: Float[Array, "B S"],
+    *,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+) -> Loss:
     """sum_i w_i (-(1 - a) log p_i[t_i] - a mean_v log p_i[v] + z (log Z_i)^2) with p = softmax(hidden kernel^T + bias).
 
     a is `label_smoothing` (Szegedy et al. 2015, section 7), z is `z_loss` (PaLM, section 5). The gradient by the logits is formed chunk
@@ -50,8 +56,16 @@ def cross_entropy(outputs: Outputs, targets: Int[Array, "B S"], weights: Float[A
     """
     assert outputs.kernel is not None, "the model has no head over the vocabulary"
     bias = outputs.bias
-    total, nll, correct = _fused(outputs.hidden, outputs.kernel, jnp.zeros(outputs.kernel.shape[0]) if bias is None else bias,
-                                 targets, weights.astype(jnp.float32), label_smoothing, z_loss, bias is not None)
+    total, nll, correct = _fused(
+        outputs.hidden,
+        outputs.kernel,
+        jnp.zeros(outputs.kernel.shape[0]) if bias is None else bias,
+        targets,
+        weights.astype(jnp.float32),
+        label_smoothing,
+        z_loss,
+        bias is not None,
+    )
     return Loss(total, jnp.sum(weights, dtype=jnp.float32), {"nll": nll, "correct": correct}, outputs)
 
 
@@ -124,6 +138,7 @@ def _sums(logits: Array, targets: Array, weights: Array, smoothing: float, z_los
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7))
 def _fused(hidden, kernel, bias, targets, weights, smoothing, z_loss, biased):
     """The sums of `cross_entropy`; only the first is differentiable."""
+
     def chunk(sums, part):
         hidden, targets, weights = (_flat(x) for x in part)
         found, _ = _sums(_logits(hidden, kernel, bias if biased else None), targets, weights, smoothing, z_loss)
@@ -131,7 +146,9 @@ def _fused(hidden, kernel, bias, targets, weights, smoothing, z_loss, biased):
 
     count = _chunks(hidden.shape[0], hidden.shape[1], kernel.shape[0])
     zero = (jnp.zeros(()),) * 3
-    return jax.lax.scan(chunk, zero, (_cut(hidden, count), _cut(targets, count), _cut(weights, count)), unroll=_unroll(count))[0]
+    return jax.lax.scan(
+        chunk, zero, (_cut(hidden, count), _cut(targets, count), _cut(weights, count)), unroll=_unroll(count)
+    )[0]
 
 
 def _fused_forward(hidden, kernel, bias, targets, weights, smoothing, z_loss, biased):

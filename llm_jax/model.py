@@ -60,9 +60,18 @@ def abstract_params(config: ModelConfig, mesh: jax.sharding.Mesh) -> transformer
 
 def save(model: Model, path: str | Path) -> None:
     """Write the model as a checkpoint with its card. Raises CheckpointError when `path` exists already or the disk is full."""
-    card = {"name": Path(path).name, "parents": [], "transforms": [], "code": code_version(), "libraries": library_versions(), **model.card,
-            "model": to_dict(model.config)}
-    checkpoint.save_params(Path(path), model.params, card, None if model.tokenizer is None else model.tokenizer.to_json())
+    card = {
+        "name": Path(path).name,
+        "parents": [],
+        "transforms": [],
+        "code": code_version(),
+        "libraries": library_versions(),
+        **model.card,
+        "model": to_dict(model.config),
+    }
+    checkpoint.save_params(
+        Path(path), model.params, card, None if model.tokenizer is None else model.tokenizer.to_json()
+    )
 
 
 def apply(model: Model, batch: dict[str, Array], **options: Any) -> Outputs:
@@ -79,7 +88,9 @@ def generate(model: Model, prompts: str | list[str], **options: Any) -> list[str
     """The continuation of each prompt; see `llm_jax.generation.generate` for the options."""
     if model.tokenizer is None:
         raise UserError("this model has no tokenizer: load one with it, or give Model(config, params, tokenizer)")
-    return generation.generate(model.config, model.params, model.tokenizer, [prompts] if isinstance(prompts, str) else prompts, **options)
+    return generation.generate(
+        model.config, model.params, model.tokenizer, [prompts] if isinstance(prompts, str) else prompts, **options
+    )
 
 
 def transform(model: Model, change: transforms.Transform, key: Array, aux: Any = None, name: str = "") -> Model:
@@ -87,5 +98,10 @@ def transform(model: Model, change: transforms.Transform, key: Array, aux: Any =
     config = change.config(model.config)
     params = jax.jit(change.params, static_argnums=0)(model.config, model.params, key, aux)
     parent = content_hash(model.params)
-    card = {**model.card, "parents": [parent], "transforms": [*model.card.get("transforms", []), name or change.label], "model": to_dict(config)}
+    card = {
+        **model.card,
+        "parents": [parent],
+        "transforms": [*model.card.get("transforms", []), name or change.label],
+        "model": to_dict(config),
+    }
     return Model(config, params, model.tokenizer, json.loads(json.dumps(card)))

@@ -15,7 +15,6 @@ from llm_jax import config, tree
 from llm_jax.errors import ConfigError, suggest
 from llm_jax.transforms.moving_average import MovingAverageState
 
-
 RATES = ("learning_rate", "max_learning_rate")
 """What the functions of optax call a learning rate."""
 
@@ -33,8 +32,11 @@ def _parameters(function: Callable[..., Any]) -> dict[str, inspect.Parameter]:
 
 def _required(function: Callable[..., Any]) -> list[str]:
     """Arguments without a default, the learning rate and those of a variable number left out."""
-    return [name for name, p in _parameters(function).items()
-            if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD) and name not in RATES]
+    return [
+        name
+        for name, p in _parameters(function).items()
+        if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD) and name not in RATES
+    ]
 
 
 def optimizers() -> dict[str, Callable[..., Any]]:
@@ -47,8 +49,12 @@ def optimizers() -> dict[str, Callable[..., Any]]:
     found: dict[str, Callable[..., Any]] = {}
     for module in (optax.contrib, optax):
         for name, function in vars(module).items():
-            if (inspect.isfunction(function) and not name.startswith(("_", "scale_by_")) and set(RATES) & set(_parameters(function))
-                    and not _required(function)):
+            if (
+                inspect.isfunction(function)
+                and not name.startswith(("_", "scale_by_"))
+                and set(RATES) & set(_parameters(function))
+                and not _required(function)
+            ):
                 found[name] = function
     return found
 
@@ -85,7 +91,11 @@ def make_schedule(schedule: config.Schedule, steps: int) -> Callable[[Any], Arra
             "cosine": lambda: schedule.final + (1 - schedule.final) * (1 + jnp.cos(jnp.pi * t)) / 2,
             "linear": lambda: 1 - (1 - schedule.final) * t,
             "inverse_sqrt": lambda: jnp.sqrt(max(1, warmup) / jnp.maximum(inside, max(1, warmup))),
-            "wsd": lambda: 1 - (1 - schedule.final) * jnp.sqrt(jnp.clip((inside / length - 1 + schedule.decay) / max(schedule.decay, 1e-9), 0, 1)),
+            "wsd": lambda: (
+                1
+                - (1 - schedule.final)
+                * jnp.sqrt(jnp.clip((inside / length - 1 + schedule.decay) / max(schedule.decay, 1e-9), 0, 1))
+            ),
         }[schedule.name]()
         return jnp.where(inside < warmup, rising, curve)
 
@@ -108,7 +118,8 @@ def _scale_by_regex(multipliers: tuple[tuple[str, float], ...]) -> optax.Gradien
 
     def update(updates, state, params=None):
         index = tree.map_with_name(
-            lambda name, u: next((u * f for r, f in zip(regexes, factors) if re.fullmatch(r, name)), u), updates)
+            lambda name, u: next((u * f for r, f in zip(regexes, factors) if re.fullmatch(r, name)), u), updates
+        )
         return index, state
 
     return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
@@ -125,7 +136,9 @@ def _arguments(settings: config.Optimizer, factory: Callable[..., Any]) -> dict[
         if key in (*RATES, "weight_decay"):
             raise ConfigError(f"optimizer.arguments has {key!r}: set optimizer.{key.removeprefix('max_')} instead")
         if default is not None and not isinstance(default, (bool, int, float)):
-            raise ConfigError(f"optimizer.arguments has {key!r}, which is not a number but {default!r} in optimizer {settings.name!r}")
+            raise ConfigError(
+                f"optimizer.arguments has {key!r}, which is not a number but {default!r} in optimizer {settings.name!r}"
+            )
         whole = float(value).is_integer() and not isinstance(default, float)
         made[key] = bool(value) if isinstance(default, bool) else int(value) if whole else value
     return made
@@ -137,7 +150,12 @@ def _decay_mask(params: Any) -> Any:
 
 def _muon_dimensions(axes: Any) -> Callable[[Any], Any]:
     """For each matrix which axes are contracted and which are made, since heads are axes of their own; None for what Adam updates."""
-    named = dict(zip(tree.names(axes, is_leaf=lambda x: isinstance(x, tuple)), jax.tree.leaves(axes, is_leaf=lambda x: isinstance(x, tuple))))
+    named = dict(
+        zip(
+            tree.names(axes, is_leaf=lambda x: isinstance(x, tuple)),
+            jax.tree.leaves(axes, is_leaf=lambda x: isinstance(x, tuple)),
+        )
+    )
 
     def one(name: str, leaf: Any) -> Any:
         names = named[name]
@@ -150,14 +168,17 @@ def _muon_dimensions(axes: Any) -> Callable[[Any], Any]:
     return lambda params: tree.map_with_name(one, params)
 
 
-def _rule(settings: config.Optimizer, factory: Callable[..., Any], arguments: dict[str, Any],
-          schedule: Callable[[Any], Array]) -> optax.GradientTransformationExtraArgs:
+def _rule(
+    settings: config.Optimizer, factory: Callable[..., Any], arguments: dict[str, Any], schedule: Callable[[Any], Array]
+) -> optax.GradientTransformationExtraArgs:
     """The named rule at `learning_rate * schedule(step)`."""
     declared = _parameters(factory)
     rate = next(name for name in RATES if name in declared)
     try:
         if settings.name in UNSCHEDULED:
-            rule = optax.chain(factory(**{rate: settings.learning_rate}, **arguments), optax.scale_by_schedule(schedule))
+            rule = optax.chain(
+                factory(**{rate: settings.learning_rate}, **arguments), optax.scale_by_schedule(schedule)
+            )
         else:
             rule = factory(**{rate: lambda step: settings.learning_rate * schedule(step)}, **arguments)
     except (TypeError, ValueError) as e:
@@ -167,12 +188,16 @@ def _rule(settings: config.Optimizer, factory: Callable[..., Any], arguments: di
         return rule
 
     def update(updates, state, params=None, *, value_fn=None, **extra):
-        return rule.update(updates, state, params, obj_fn=value_fn, **extra)  # as the estimators of the Hessian call the objective
+        return rule.update(
+            updates, state, params, obj_fn=value_fn, **extra
+        )  # as the estimators of the Hessian call the objective
 
     return optax.GradientTransformationExtraArgs(rule.init, update)
 
 
-def make_optimizer(settings: config.Optimizer, schedule: Callable[[Any], Array], shapes: Any, axes: Any) -> optax.GradientTransformationExtraArgs:
+def make_optimizer(
+    settings: config.Optimizer, schedule: Callable[[Any], Array], shapes: Any, axes: Any
+) -> optax.GradientTransformationExtraArgs:
     """Clip, the named rule at `learning_rate * schedule(step)`, then the multipliers.
 
     Weight decay is the rule's own where it has one (it reaches all parameters in the few that take no mask, such as prodigy), else
@@ -183,7 +208,9 @@ def make_optimizer(settings: config.Optimizer, schedule: Callable[[Any], Array],
     """
     factory = _factory(settings.name)
     if settings.freeze and settings.name in WHOLE:
-        raise ConfigError(f"optimizer {settings.name!r} cannot leave a part of the params out: optimizer.freeze must be empty")
+        raise ConfigError(
+            f"optimizer {settings.name!r} cannot leave a part of the params out: optimizer.freeze must be empty"
+        )
     tree.match(shapes, [regex for regex, _ in settings.multipliers], "optimizer.multipliers")
     declared = _parameters(factory)
     arguments = _arguments(settings, factory)
@@ -197,7 +224,11 @@ def make_optimizer(settings: config.Optimizer, schedule: Callable[[Any], Array],
         arguments["muon_weight_dimension_numbers"] = _muon_dimensions(axes)
     parts.append(_rule(settings, factory, arguments, schedule))
     if settings.weight_decay and "weight_decay" not in declared:
-        parts.append(optax.add_decayed_weights(lambda step: -settings.learning_rate * settings.weight_decay * schedule(step), mask=_decay_mask))
+        parts.append(
+            optax.add_decayed_weights(
+                lambda step: -settings.learning_rate * settings.weight_decay * schedule(step), mask=_decay_mask
+            )
+        )
     if settings.multipliers:
         parts.append(_scale_by_regex(settings.multipliers))
     return optax.with_extra_args_support(optax.chain(*parts))
@@ -205,6 +236,7 @@ def make_optimizer(settings: config.Optimizer, schedule: Callable[[Any], Array],
 
 def eval_params(opt_state: Any, params: Any) -> Any:
     """The params to evaluate: the moving average where the optimizer keeps one, else the params as they are."""
+
     def kept(x: Any) -> bool:
         return isinstance(x, (MovingAverageState, optax.contrib.ScheduleFreeState))
 

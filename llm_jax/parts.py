@@ -58,8 +58,12 @@ class Parts:
 
 def transform_of(run: Run) -> tf.Transform:
     """The transforms of a config, those that its plain fields ask for among them; freezing is outermost, since it hides params."""
-    return tf.chain(accumulate(run.batch.accumulate), *run.transforms, moving_average(run.optimizer.moving_average),
-                    freeze(run.optimizer.freeze))
+    return tf.chain(
+        accumulate(run.batch.accumulate),
+        *run.transforms,
+        moving_average(run.optimizer.moving_average),
+        freeze(run.optimizer.freeze),
+    )
 
 
 def build(run: Run) -> Parts:
@@ -71,18 +75,31 @@ def build(run: Run) -> Parts:
     mesh = sharding.make_mesh(run.mesh)
     sharding.check_batch(mesh, run.batch.size // run.batch.accumulate, run.batch.length)
     if run.batch.length > run.model.max_length and run.model.positions == "learned":
-        raise ConfigError(f"batch.length {run.batch.length} is longer than the model's table of positions, model.max_length {run.model.max_length}")
+        raise ConfigError(
+            f"batch.length {run.batch.length} is longer than the model's table of positions, model.max_length {run.model.max_length}"
+        )
     sources = open_sources(run.data, "train")
     tokenizer = _tokenizer(run, sources)
     model = transform_of(run).config(run.model)
     needed = tokenizer.vocab_size + run.task.extra_tokens(tokenizer)
     if needed > model.vocab_size:
-        raise DataError(f"the tokenizer has {needed} entries, the model's vocabulary {model.vocab_size}: set model.vocab_size={needed} or more")
+        raise DataError(
+            f"the tokenizer has {needed} entries, the model's vocabulary {model.vocab_size}: set model.vocab_size={needed} or more"
+        )
     place = dict(process_index=jax.process_index(), process_count=jax.process_count())
     train = Loader(sources, tokenizer, run.task, run.data, run.batch, run.seed, "train", **place)
     heldout = None
     if run.data.heldout or run.data.heldout_sources:
-        heldout = Loader(open_sources(run.data, "heldout"), tokenizer, run.eval.task or run.task, run.data, run.batch, run.seed, "heldout", **place)
+        heldout = Loader(
+            open_sources(run.data, "heldout"),
+            tokenizer,
+            run.eval.task or run.task,
+            run.data,
+            run.batch,
+            run.seed,
+            "heldout",
+            **place,
+        )
     return assemble(run, mesh, tokenizer, train, heldout)
 
 
@@ -98,7 +115,9 @@ def _tokenizer(run: Run, sources: list[Any]) -> Tokenizer:
         return Tokenizer.from_json(started)
     tokenizer = load_tokenizer(run.data.tokenizer, lambda: _texts(run, sources))
     if started is not None and Tokenizer.from_json(started).fingerprint != tokenizer.fingerprint:
-        log.warning("data.tokenizer %s is not the tokenizer of %s, whose weights know other ids", run.data.tokenizer, run.start)
+        log.warning(
+            "data.tokenizer %s is not the tokenizer of %s, whose weights know other ids", run.data.tokenizer, run.start
+        )
     return tokenizer
 
 
@@ -107,7 +126,9 @@ def _texts(run: Run, sources: list[Any]) -> Iterator[str]:
     for source in sources:
         for index in documents(source, run.data, "train"):
             record = source[int(index)]
-            yield from (record[field] for field in (run.data.text, run.data.target) if isinstance(record.get(field), str))
+            yield from (
+                record[field] for field in (run.data.text, run.data.target) if isinstance(record.get(field), str)
+            )
 
 
 def assemble(run: Run, mesh: jax.sharding.Mesh, tokenizer: Tokenizer, train: Loader, heldout: Loader | None) -> Parts:
@@ -142,7 +163,20 @@ def assemble(run: Run, mesh: jax.sharding.Mesh, tokenizer: Tokenizer, train: Loa
         return jax.jit(init, out_shardings=placed, compiler_options=quick)(key, started), parents
 
     update = jax.jit(step.make_step(loss, grad, optimizer), donate_argnums=0, out_shardings=(placed, None))
-    return Parts(run, model, mesh, tokenizer, train, heldout, schedule, start, abstract, placed, update, evaluate.make_eval_step(judged))
+    return Parts(
+        run,
+        model,
+        mesh,
+        tokenizer,
+        train,
+        heldout,
+        schedule,
+        start,
+        abstract,
+        placed,
+        update,
+        evaluate.make_eval_step(judged),
+    )
 
 
 def describe(parts: Parts) -> str:

@@ -55,8 +55,8 @@ def make_mesh(sizes: config.Mesh = config.Mesh(), devices: Any = None) -> jax.sh
 def spec(names: tuple[str | None, ...]) -> PartitionSpec:
     """The mesh axes of an array whose axes have these logical names; a mesh axis is used once, by the first that claims it.
 
-    >>> spec(("batch", "length", None))
-    PartitionSpec(('data', 'fsdp'), 'context', None)
+    >>> spec(("batch", "length", None)) == PartitionSpec(("data", "fsdp"), "context", None)
+    True
     """
     used: set[str] = set()
     parts: list[Any] = []
@@ -91,7 +91,10 @@ def state_shardings(mesh: jax.sharding.Mesh, state: Any, params: Any) -> Any:
 
     What no parameter's path and shape explain, such as counters and factored moments, is replicated.
     """
-    known = {name: (x.shape, s) for name, x, s in zip(tree.names(state.params), jax.tree.leaves(state.params), jax.tree.leaves(params))}
+    known = {
+        name: (x.shape, s)
+        for name, x, s in zip(tree.names(state.params), jax.tree.leaves(state.params), jax.tree.leaves(params))
+    }
 
     def one(name: str, x: Any) -> NamedSharding:
         parts = name.split("/")
@@ -114,7 +117,9 @@ def check_batch(mesh: jax.sharding.Mesh, rows: int, length: int) -> None:
     if rows % over:
         raise ConfigError(f"{rows} rows do not divide over the {over} devices of mesh axes data and fsdp")
     if length % mesh.shape["context"]:
-        raise ConfigError(f"rows of {length} tokens do not divide over the {mesh.shape['context']} devices of mesh axis context")
+        raise ConfigError(
+            f"rows of {length} tokens do not divide over the {mesh.shape['context']} devices of mesh axis context"
+        )
 
 
 def batch_sharding(mesh: jax.sharding.Mesh, shape: tuple[int, ...]) -> NamedSharding:

@@ -25,7 +25,7 @@ class TrainState(NamedTuple):
     skipped: Int[Array, ""]
     """updates skipped because the loss or the gradient was not finite"""
     skipped_in_a_row: Int[Array, ""]
-    reference: dict[str, Any] = {}
+    reference: dict[str, Any] = {}  # noqa: RUF012  (never written to)
     """other weights that the loss reads: teachers, anchors; not trained, not saved"""
 
 
@@ -44,9 +44,13 @@ def differentiate(loss: LossFn) -> GradFn:
     return grad
 
 
-def init_state(params: Any, optimizer: optax.GradientTransformation, key: Array, reference: dict[str, Any] | None = None) -> TrainState:
+def init_state(
+    params: Any, optimizer: optax.GradientTransformation, key: Array, reference: dict[str, Any] | None = None
+) -> TrainState:
     """The state before the first update."""
-    step, skipped, in_a_row = (jnp.zeros((), jnp.int32) for _ in range(3))  # each a buffer of its own, so that all can be donated
+    step, skipped, in_a_row = (
+        jnp.zeros((), jnp.int32) for _ in range(3)
+    )  # each a buffer of its own, so that all can be donated
     return TrainState(step, params, optimizer.init(params), key, skipped, in_a_row, reference or {})
 
 
@@ -68,15 +72,34 @@ def make_step(loss: LossFn, grad: GradFn, optimizer: optax.GradientTransformatio
             again = loss(tree.merge(params, state.params), batch, key, state.reference)
             return again.total / weight
 
-        updates, opt_state = optimizer.update(gradient, state.opt_state, state.params, value=value, grad=gradient, value_fn=value_fn)
-        params = jax.tree.map(lambda p, u: p if u is None else jnp.where(finite, p + u, p).astype(p.dtype), state.params, updates,
-                              is_leaf=lambda x: x is None)
+        updates, opt_state = optimizer.update(
+            gradient, state.opt_state, state.params, value=value, grad=gradient, value_fn=value_fn
+        )
+        params = jax.tree.map(
+            lambda p, u: p if u is None else jnp.where(finite, p + u, p).astype(p.dtype),
+            state.params,
+            updates,
+            is_leaf=lambda x: x is None,
+        )
         opt_state = jax.tree.map(lambda new, old: jnp.where(finite, new, old), opt_state, state.opt_state)
         skip = 1 - finite.astype(jnp.int32)
-        new = TrainState(state.step + 1, params, opt_state, state.key, state.skipped + skip,
-                         (state.skipped_in_a_row + 1) * skip, state.reference)
-        metrics = {"loss": value, "grad_norm": norm, "weight": found.weight, "skipped": new.skipped,
-                   "skipped_in_a_row": new.skipped_in_a_row, **{name: x / weight for name, x in found.metrics.items()}}
+        new = TrainState(
+            state.step + 1,
+            params,
+            opt_state,
+            state.key,
+            state.skipped + skip,
+            (state.skipped_in_a_row + 1) * skip,
+            state.reference,
+        )
+        metrics = {
+            "loss": value,
+            "grad_norm": norm,
+            "weight": found.weight,
+            "skipped": new.skipped,
+            "skipped_in_a_row": new.skipped_in_a_row,
+            **{name: x / weight for name, x in found.metrics.items()},
+        }
         return new, metrics
 
     return step

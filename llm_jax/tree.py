@@ -68,8 +68,10 @@ def split(tree: Tree, chosen: Tree) -> tuple[Tree, Tree]:
     >>> split({"a": 1, "b": 2}, {"a": True, "b": False})
     ({'a': 1, 'b': None}, {'a': None, 'b': 2})
     """
-    return (jax.tree.map(lambda x, c: x if c else None, tree, chosen),
-            jax.tree.map(lambda x, c: None if c else x, tree, chosen))
+    return (
+        jax.tree.map(lambda x, c: x if c else None, tree, chosen),
+        jax.tree.map(lambda x, c: None if c else x, tree, chosen),
+    )
 
 
 def merge(*parts: Tree) -> Tree:
@@ -78,7 +80,9 @@ def merge(*parts: Tree) -> Tree:
     >>> merge({"a": 1, "b": None}, {"a": None, "b": 2})
     {'a': 1, 'b': 2}
     """
-    return jax.tree.map(lambda *leaves: next((x for x in leaves if x is not None), None), *parts, is_leaf=lambda x: x is None)
+    return jax.tree.map(
+        lambda *leaves: next((x for x in leaves if x is not None), None), *parts, is_leaf=lambda x: x is None
+    )
 
 
 def size(tree: Tree) -> int:

@@ -1,4 +1,6 @@
-"""A run as data: what is refused and in which words, what an override does, and that nothing is lost on the way to the card."""
+"""A run as data: what is refused and in which words, what an override does, and that nothing is lost on the way to the
+card.
+"""
 
 import dataclasses
 import json
@@ -10,8 +12,22 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llm_jax import config, tasks
-from llm_jax.config import Batch, Checkpoint, Data, Eval, Mesh, Optimizer, Run, Schedule, load, override, parse, show, to_dict
+from llm_jax import tasks
+from llm_jax.config import (
+    Batch,
+    Checkpoint,
+    Data,
+    Eval,
+    Mesh,
+    Optimizer,
+    Run,
+    Schedule,
+    load,
+    override,
+    parse,
+    show,
+    to_dict,
+)
 from llm_jax.errors import ConfigError
 from llm_jax.models.config import ModelConfig
 from llm_jax.tasks import MaskedToken, NextToken, SequenceToSequence, SpanCorruption
@@ -76,6 +92,7 @@ MISSPELT = [
     ("mesh.qqqq", "config.mesh has no 'qqqq'; known: context, data, fsdp, tensor"),
     ("model.dim.x", "config.model.dim has no parts"),
     ("transforms.x", "config.transforms has no parts"),
+    ("eval.task.overlap", "config.eval.task is None: set config.eval.task in the config file"),
 ]
 
 
@@ -86,12 +103,23 @@ def test_a_misspelt_key_at_each_depth(key, message):
     assert told(override, RUN, [f"--config.{key}", "3"]) == f"unknown key 'config.{spelt}': {message}"
 
 
-@pytest.mark.parametrize("key, message", [
-    ("prob.layer", "config has no 'prob'; did you mean 'probe'?"),
-    ("probe.layr", "config.probe has no 'layr'; did you mean 'layer'?"),
-    ("probe.schedules.rte", "config.probe.schedules has no 'rte'; did you mean 'rate'?"),
-    ("probe.layer.x", "config.probe.layer has no parts"),
-])
+def test_a_misspelt_key_of_another_task_for_evaluation():
+    run = dataclasses.replace(RUN, eval=Eval(task=NextToken(overlap=128)))
+    assert told(override, run, ["--config.eval.task.overlp=64"]) == (
+        "unknown key 'config.eval.task.overlp': config.eval.task has no 'overlp'; did you mean 'overlap'?"
+    )
+    assert override(run, ["--config.eval.task.overlap=64"]).eval.task == NextToken(overlap=64)
+
+
+@pytest.mark.parametrize(
+    "key, message",
+    [
+        ("prob.layer", "config has no 'prob'; did you mean 'probe'?"),
+        ("probe.layr", "config.probe has no 'layr'; did you mean 'layer'?"),
+        ("probe.schedules.rte", "config.probe.schedules has no 'rte'; did you mean 'rate'?"),
+        ("probe.layer.x", "config.probe.layer has no parts"),
+    ],
+)
 def test_a_misspelt_key_below_an_optional_field(key, message):
     assert told(override, Probed(task=NextToken()), [f"--config.{key}=3"]) == f"unknown key 'config.{key}': {message}"
 
@@ -111,22 +139,50 @@ BAD = [
     (["--config.steps=1.5"], "bad value: config.steps is '1.5': it must be a whole number"),
     (["--config.steps=3", "4"], "bad value: config.steps is '3 4': it must be a whole number"),
     (["--config.steps"], "bad value: config.steps is '': it must be a whole number"),
-    (["--config.optimizer.learning_rate=fast"], "bad value: config.optimizer.learning_rate is 'fast': it must be a number"),
-    (["--config.optimizer.learning-rate", "fast"], "bad value: config.optimizer.learning_rate is 'fast': it must be a number"),
+    (
+        ["--config.optimizer.learning_rate=fast"],
+        "bad value: config.optimizer.learning_rate is 'fast': it must be a number",
+    ),
+    (
+        ["--config.optimizer.learning-rate", "fast"],
+        "bad value: config.optimizer.learning_rate is 'fast': it must be a number",
+    ),
     (["--config.data.pack=maybe"], "bad value: config.data.pack is 'maybe': it must be True or False"),
     (["--config.data.pack"], "bad value: config.data.pack is '': it must be True or False"),
     (["--config.model.dim=wide"], "bad value: config.model.dim is 'wide': it must be a whole number"),
     (["--config.task.z_loss=no"], "bad value: config.task.z_loss is 'no': it must be a number"),
-    (["--config.data.sources", "a", "b", "--config.data.weights", "1", "x"],
-     "bad value: config.data.weights is '1 x': it must be a tuple (separated by spaces on the command line), each value a number"),
-    (["--config.optimizer.multipliers", "embed/.*", "half"], "bad value: config.optimizer.multipliers is 'embed/.* half': it must be a tuple "
-     "(separated by spaces on the command line), each value a text and a number"),
-    (["--config.optimizer.multipliers", "embed/.*"], "bad value: config.optimizer.multipliers is 'embed/.*': it must be a tuple "
-     "(separated by spaces on the command line), each value a text and a number"),
+    (
+        ["--config.data.sources", "a", "b", "--config.data.weights", "1", "x"],
+        "bad value: config.data.weights is '1 x': it must be a tuple "
+        "(separated by spaces on the command line), each value a number",
+    ),
+    (
+        ["--config.optimizer.multipliers", "embed/.*", "half"],
+        "bad value: config.optimizer.multipliers is 'embed/.* half': it must be a tuple "
+        "(separated by spaces on the command line), each value a text and a number",
+    ),
+    (
+        ["--config.optimizer.multipliers", "embed/.*"],
+        "bad value: config.optimizer.multipliers is 'embed/.*': it must be a tuple "
+        "(separated by spaces on the command line), each value a text and a number",
+    ),
     (["--config.steps=3", "--config.seed=x"], "bad value: config.seed is 'x': it must be a whole number"),
-    (["--config.task=NextToken"], "config.task is a record: set one of its parts, e.g. --config.task.label_smoothing=..."),
-    (["--config.model", "gpt2"], "config.model is a record: set one of its parts, e.g. --config.model.architecture=..."),
-    (["--config.transforms", "prune"], "config.transforms cannot be given on the command line: set it in the config file"),
+    (
+        ["--config.task=NextToken"],
+        "config.task is a record: set one of its parts, e.g. --config.task.label_smoothing=...",
+    ),
+    (
+        ["--config.model", "gpt2"],
+        "config.model is a record: set one of its parts, e.g. --config.model.architecture=...",
+    ),
+    (
+        ["--config.eval.task=NextToken"],
+        "config.eval.task cannot be given on the command line: set it in the config file",
+    ),
+    (
+        ["--config.transforms", "prune"],
+        "config.transforms cannot be given on the command line: set it in the config file",
+    ),
     (["--steps=3"], "unknown option '--steps': overrides are written --config.KEY=VALUE"),
     (["steps=3"], "unexpected argument 'steps=3': overrides are written --config.KEY=VALUE"),
     (["--config.batch.size=0"], "batch.size is 0: it must be at least 1"),
@@ -136,7 +192,10 @@ BAD = [
     (["--config.data.long=trunctate"], "unknown data.long 'trunctate'; did you mean 'truncate'?"),
     (["--config.schedule.name=cosin"], "unknown schedule.name 'cosin'; did you mean 'cosine'?"),
     (["--config.model.positions=rotery"], "unknown positions 'rotery'; did you mean 'rotary'?"),
-    (["--config.optimizer.freeze=("], "optimizer: '(' is not a regular expression (missing ), unterminated subpattern at position 0)"),
+    (
+        ["--config.optimizer.freeze=("],
+        "optimizer: '(' is not a regular expression (missing ), unterminated subpattern at position 0)",
+    ),
 ]
 
 
@@ -165,8 +224,10 @@ RECORDS = [
     (lambda: Optimizer(clip=-1.0), "optimizer.clip is -1.0: it must be at least 0"),
     (lambda: Optimizer(max_nonfinite=0), "optimizer.max_nonfinite is 0: it must be at least 1"),
     (lambda: Optimizer(moving_average=1.0), "optimizer.moving_average is 1.0: it must lie in [0, 1)"),
-    (lambda: Optimizer(multipliers=(("a(", 1.0),)),
-     "optimizer: 'a(' is not a regular expression (missing ), unterminated subpattern at position 1)"),
+    (
+        lambda: Optimizer(multipliers=(("a(", 1.0),)),
+        "optimizer: 'a(' is not a regular expression (missing ), unterminated subpattern at position 1)",
+    ),
     (lambda: Schedule(warmup=-1), "schedule.warmup is -1: it must be at least 0"),
     (lambda: Schedule(cycles=0), "schedule.cycles is 0: it must be at least 1"),
     (lambda: Schedule(final=2.0), "schedule.final is 2.0: it must lie in [0, 1]"),
@@ -180,13 +241,23 @@ RECORDS = [
     (lambda: Eval(every=-1), "eval.every is -1: it must be at least 0"),
     (lambda: Run(), "run.task is not set: name one of llm_jax.tasks, e.g. NextToken()"),
     (lambda: Run(task="NextToken"), "run.task is 'NextToken': it must be a record of llm_jax.tasks, e.g. NextToken()"),
-    (lambda: Run(task=NextToken), "run.task is <class 'llm_jax.tasks.next_token.NextToken'>: it must be a record of llm_jax.tasks, e.g. NextToken()"),
+    (
+        lambda: Run(task=NextToken),
+        "run.task is <class 'llm_jax.tasks.next_token.NextToken'>: "
+        "it must be a record of llm_jax.tasks, e.g. NextToken()",
+    ),
+    (
+        lambda: Run(task=NextToken(), eval=Eval(task="NextToken")),
+        "eval.task is 'NextToken': it must be a record of llm_jax.tasks, e.g. NextToken()",
+    ),
     (lambda: Run(task=NextToken(), name="a/b"), "run.name 'a/b' must be a name without '/'"),
     (lambda: Run(task=NextToken(), name=""), "run.name '' must be a name without '/'"),
     (lambda: Run(task=NextToken(), steps="many"), "run.steps is 'many': it must be at least 0"),
     (lambda: Run(task=NextToken(), log_every=0), "run.log_every is 0: it must be at least 1"),
-    (lambda: Run(task=NextToken(), transforms=("prune",)),
-     "run.transforms holds 'prune': each must be a Transform, as the functions of llm_jax.transforms make"),
+    (
+        lambda: Run(task=NextToken(), transforms=("prune",)),
+        "run.transforms holds 'prune': each must be a Transform, as the functions of llm_jax.transforms make",
+    ),
 ]
 
 
@@ -205,17 +276,30 @@ GOOD = [
     (["--config.optimizer.learning-rate", "1"], {"optimizer.learning_rate": 1.0}),
     (["--config.data.pack=False"], {"data.pack": False}),
     (["--config.checkpoint.allow_changed_data", "True"], {"checkpoint.allow_changed_data": True}),
-    (["--config.data.sources", "text:a*.txt", "asset:sotu", "--config.data.weights", "1", "2.5"],
-     {"data.sources": ["text:a*.txt", "asset:sotu"], "data.weights": [1.0, 2.5]}),
+    (
+        ["--config.data.sources", "text:a*.txt", "asset:sotu", "--config.data.weights", "1", "2.5"],
+        {"data.sources": ["text:a*.txt", "asset:sotu"], "data.weights": [1.0, 2.5]},
+    ),
     (["--config.data.weights", "1", "--config.data.sources=a"], {"data.sources": ["a"], "data.weights": [1.0]}),
     (["--config.data.buckets", "16", "32"], {"data.buckets": [16, 32]}),
-    (["--config.eval.prompts", "Once upon a time", "--config.steps=3"], {"eval.prompts": ["Once upon a time"], "steps": 3}),
-    (["--config.optimizer.multipliers", "embed/.*", "0.5", ".*", "2"], {"optimizer.multipliers": [["embed/.*", 0.5], [".*", 2.0]]}),
+    (
+        ["--config.eval.prompts", "Once upon a time", "--config.steps=3"],
+        {"eval.prompts": ["Once upon a time"], "steps": 3},
+    ),
+    (
+        ["--config.optimizer.multipliers", "embed/.*", "0.5", ".*", "2"],
+        {"optimizer.multipliers": [["embed/.*", 0.5], [".*", 2.0]]},
+    ),
     (["--config.optimizer.arguments", "b2", "0.95"], {"optimizer.arguments": [["b2", 0.95]]}),
     (["--config.optimizer.freeze", "embed/.*", ".*/norm/.*"], {"optimizer.freeze": ["embed/.*", ".*/norm/.*"]}),
-    (["--config.task.z_loss=1e-4", "--config.task.label-smoothing=0.1"], {"task.z_loss": 1e-4, "task.label_smoothing": 0.1}),
-    (["--config.model.dim=64", "--config.model.heads=4", "--config.model.qk-norm=True"],
-     {"model.dim": 64, "model.heads": 4, "model.qk_norm": True}),
+    (
+        ["--config.task.z_loss=1e-4", "--config.task.label-smoothing=0.1"],
+        {"task.z_loss": 1e-4, "task.label_smoothing": 0.1},
+    ),
+    (
+        ["--config.model.dim=64", "--config.model.heads=4", "--config.model.qk-norm=True"],
+        {"model.dim": 64, "model.heads": 4, "model.qk_norm": True},
+    ),
     (["--config.mesh.data=2", "--config.mesh.fsdp=-1"], {"mesh.data": 2, "mesh.fsdp": -1}),
     (["--config.seed", "-3"], {"seed": -3}),
     (["--config.steps=3", "--config.steps=4"], {"steps": 4}),
@@ -238,13 +322,20 @@ def test_numbers_come_through_exactly(rate, seed):
 
 
 def test_an_override_keeps_what_the_file_said():
-    run = Run(task=SpanCorruption(rate=0.3), model=ModelConfig(dim=48, heads=4), data=Data(sources=("a", "b"), weights=(1.0, 3.0)),
-              transforms=(accumulate(2),), name="mine")
+    run = Run(
+        task=SpanCorruption(rate=0.3),
+        model=ModelConfig(dim=48, heads=4),
+        data=Data(sources=("a", "b"), weights=(1.0, 3.0)),
+        transforms=(accumulate(2),),
+        name="mine",
+    )
     assert override(run, ["--config.task.span=4", "--config.model.layers=2"]) == dataclasses.replace(
-        run, task=SpanCorruption(rate=0.3, span=4.0), model=ModelConfig(dim=48, heads=4, layers=2))
+        run, task=SpanCorruption(rate=0.3, span=4.0), model=ModelConfig(dim=48, heads=4, layers=2)
+    )
 
 
 # Config files
+
 
 def write(folder, text, name="mine.py"):
     path = folder / name
@@ -262,7 +353,11 @@ def test_both_ways_to_name_the_file(tmp_path):
     assert load(path) == load(str(path)) == expected
     assert parse([f"--config={path}"]) == parse(["--config", str(path)]) == expected
     changed = dataclasses.replace(expected, seed=5)
-    for arguments in (["--config.seed=5", f"--config={path}"], ["--config.seed", "5", "--config", str(path)], ["--config", str(path), "--config.seed=5"]):
+    for arguments in (
+        ["--config.seed=5", f"--config={path}"],
+        ["--config.seed", "5", "--config", str(path)],
+        ["--config", str(path), "--config.seed=5"],
+    ):
         assert parse(arguments) == changed
 
 
@@ -273,7 +368,10 @@ def test_no_file():
 
 def test_a_missing_file_names_the_nearest(tmp_path):
     write(tmp_path, "", "quickstart.py")
-    assert told(load, tmp_path / "quickstrat.py") == f"no config file {tmp_path}/quickstrat.py; did you mean {tmp_path}/quickstart.py?"
+    assert (
+        told(load, tmp_path / "quickstrat.py")
+        == f"no config file {tmp_path}/quickstrat.py; did you mean {tmp_path}/quickstart.py?"
+    )
     assert told(load, tmp_path / "zzz.py") == f"no config file {tmp_path}/zzz.py"
     assert told(load, tmp_path / "no" / "folder.py") == f"no config file {tmp_path}/no/folder.py"
     assert told(load, tmp_path) == f"no config file {tmp_path}"
@@ -287,19 +385,39 @@ FILES = [
     ("\n\ndef get_config():\n    return Runn()\n", "{path}:4: NameError: name 'Runn' is not defined"),
     ("def get_config():\n    return {}['a']\n", "{path}:2: KeyError: 'a'"),
     (FILE.format("batch=Batch(size=0)"), "batch.size is 0: it must be at least 1"),
-    (FILE.format("optimizer=Optimizer(lerning_rate=1.0)"),
-     "{path}:5: TypeError: Optimizer.__init__() got an unexpected keyword argument 'lerning_rate'; did you mean 'learning_rate'?"),
-    (FILE.format("step=3"), "{path}:5: TypeError: Run.__init__() got an unexpected keyword argument 'step'; did you mean 'steps'?"),
-    (FILE.format("model=gpt2(layer=3)"),
-     "{path}:5: TypeError: ModelConfig.__init__() got an unexpected keyword argument 'layer'; did you mean 'layers'?"),
-    (FILE.replace("NextToken()", "NextToken(zloss=1.0)").format(""),
-     "{path}:5: TypeError: NextToken.__init__() got an unexpected keyword argument 'zloss'; did you mean 'z_loss'?"),
-    (FILE.format("data=Data(sources='asset:sotu')"), "{path}: config.data.sources is 'asset:sotu': it must be a tuple "
-     "(separated by spaces on the command line), each value a text"),
-    (FILE.format("data=Data(sources=('a', 3))"), "{path}: config.data.sources is ('a', 3): it must be a tuple "
-     "(separated by spaces on the command line), each value a text"),
-    (FILE.format("optimizer=Optimizer(arguments=(('b2', 'x'),))"), "{path}: config.optimizer.arguments is (('b2', 'x'),): it must be a tuple "
-     "(separated by spaces on the command line), each value a text and a number"),
+    (
+        FILE.format("optimizer=Optimizer(lerning_rate=1.0)"),
+        "{path}:5: TypeError: Optimizer.__init__() got an unexpected keyword argument 'lerning_rate'; "
+        "did you mean 'learning_rate'?",
+    ),
+    (
+        FILE.format("step=3"),
+        "{path}:5: TypeError: Run.__init__() got an unexpected keyword argument 'step'; did you mean 'steps'?",
+    ),
+    (
+        FILE.format("model=gpt2(layer=3)"),
+        "{path}:5: TypeError: ModelConfig.__init__() got an unexpected keyword argument 'layer'; "
+        "did you mean 'layers'?",
+    ),
+    (
+        FILE.replace("NextToken()", "NextToken(zloss=1.0)").format(""),
+        "{path}:5: TypeError: NextToken.__init__() got an unexpected keyword argument 'zloss'; did you mean 'z_loss'?",
+    ),
+    (
+        FILE.format("data=Data(sources='asset:sotu')"),
+        "{path}: config.data.sources is 'asset:sotu': it must be a tuple "
+        "(separated by spaces on the command line), each value a text",
+    ),
+    (
+        FILE.format("data=Data(sources=('a', 3))"),
+        "{path}: config.data.sources is ('a', 3): it must be a tuple "
+        "(separated by spaces on the command line), each value a text",
+    ),
+    (
+        FILE.format("optimizer=Optimizer(arguments=(('b2', 'x'),))"),
+        "{path}: config.optimizer.arguments is (('b2', 'x'),): it must be a tuple "
+        "(separated by spaces on the command line), each value a text and a number",
+    ),
     (FILE.format("optimizer=Optimizer(name=3)"), "{path}: config.optimizer.name is 3: it must be a text"),
     (FILE.format("steps=1.5"), "{path}: config.steps is 1.5: it must be a whole number"),
     (FILE.format("seed=True"), "{path}: config.seed is True: it must be a whole number"),
@@ -323,27 +441,52 @@ def test_a_file_that_is_not_python(tmp_path):
 
 
 def test_a_whole_number_may_stand_for_a_number(tmp_path):
-    assert load(write(tmp_path, FILE.format("optimizer=Optimizer(learning_rate=1, arguments=(('b2', 1),))"))).optimizer.learning_rate == 1
+    assert (
+        load(
+            write(tmp_path, FILE.format("optimizer=Optimizer(learning_rate=1, arguments=(('b2', 1),))"))
+        ).optimizer.learning_rate
+        == 1
+    )
 
 
 # The way out
 
 FULL = Run(
-    name="full", workdir="somewhere", seed=3, start="runs/other", model=ModelConfig(dim=48, heads=4, mlp="relu"),
-    transforms=(accumulate(2), freeze(["embed/.*"])), task=SpanCorruption(rate=0.3),
+    name="full",
+    workdir="somewhere",
+    seed=3,
+    start="runs/other",
+    model=ModelConfig(dim=48, heads=4, mlp="relu"),
+    transforms=(accumulate(2), freeze(["embed/.*"])),
+    task=SpanCorruption(rate=0.3),
     data=Data(sources=("a", "b"), weights=(1.0, 2.0), pack=False, buckets=(16, 32)),
     optimizer=Optimizer(name="lion", arguments=(("b2", 0.95),), multipliers=(("embed/.*", 0.5),), freeze=("head/.*",)),
-    schedule=Schedule(name="wsd", cycles=2), steps=7, batch=Batch(size=16, accumulate=2), mesh=Mesh(fsdp=2), checkpoint=Checkpoint(keep=5),
-    eval=Eval(prompts=("a", "b c")), log_every=3)
+    schedule=Schedule(name="wsd", cycles=2),
+    steps=7,
+    batch=Batch(size=16, accumulate=2),
+    mesh=Mesh(fsdp=2),
+    checkpoint=Checkpoint(keep=5),
+    eval=Eval(prompts=("a", "b c"), task=NextToken(overlap=8)),
+    log_every=3,
+)
 
 
 def rebuilt(plain):
     """The record that a dict describes, but for the transforms, of which it holds the names."""
-    def tuples(x):
-        return tuple(map(tuples, x)) if isinstance(x, list) else x
 
-    kinds = {f.name: type(getattr(FULL, f.name)) for f in dataclasses.fields(Run) if dataclasses.is_dataclass(getattr(FULL, f.name))}
-    made = {name: kinds[name](**{k: tuples(v) for k, v in part.items()}) for name, part in plain.items() if name in kinds and name != "task"}
+    def tuples(x):
+        return tuple(map(tuples, x)) if isinstance(x, list) else tasks.from_dict(x) if isinstance(x, dict) else x
+
+    kinds = {
+        f.name: type(getattr(FULL, f.name))
+        for f in dataclasses.fields(Run)
+        if dataclasses.is_dataclass(getattr(FULL, f.name))
+    }
+    made = {
+        name: kinds[name](**{k: tuples(v) for k, v in part.items()})
+        for name, part in plain.items()
+        if name in kinds and name != "task"
+    }
     rest = {name: x for name, x in plain.items() if name not in kinds and name != "transforms"}
     return Run(**rest, **made, task=tasks.from_dict(plain["task"]))
 
@@ -368,14 +511,19 @@ def test_show_prints_every_key(run):
     lines = show(run).splitlines()
     printed = {line.split(" = ")[0]: json.loads(line.split(" = ", 1)[1]) for line in lines}
     assert len(printed) == len(lines) and printed == dict(leaves(to_dict(run)))
-    fields = {f"optimizer.{f.name}" for f in dataclasses.fields(Optimizer)} | {f"model.{f.name}" for f in dataclasses.fields(ModelConfig)}
+    fields = {f"optimizer.{f.name}" for f in dataclasses.fields(Optimizer)} | {
+        f"model.{f.name}" for f in dataclasses.fields(ModelConfig)
+    }
     assert fields <= set(printed)
 
 
 def count(kind):
     """Fields of a record and of the records in it."""
     parts = [getattr(RUN, f.name) if kind is Run else None for f in dataclasses.fields(kind)]
-    return sum(count(type(part)) if dataclasses.is_dataclass(part) and type(part) not in (ModelConfig, NextToken) else 1 for part in parts)
+    return sum(
+        count(type(part)) if dataclasses.is_dataclass(part) and type(part) not in (ModelConfig, NextToken) else 1
+        for part in parts
+    )
 
 
 def test_a_config_has_under_60_fields():

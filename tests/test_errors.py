@@ -13,13 +13,15 @@ NAMES = ["learning_rate", "weight_decay", "multipliers"]
 @pytest.mark.parametrize("kind", [ConfigError, DataError, CheckpointError, NonFiniteError])
 def test_each_is_a_user_error_of_its_own(kind):
     assert issubclass(kind, UserError) and kind is not UserError
-    assert [other for other in (ConfigError, DataError, CheckpointError, NonFiniteError) if issubclass(kind, other)] == [kind]
+    assert [
+        other for other in (ConfigError, DataError, CheckpointError, NonFiniteError) if issubclass(kind, other)
+    ] == [kind]
 
 
 @given(st.sampled_from(NAMES), st.data())
 def test_a_slip_of_one_letter_is_told(name, data):
     at = data.draw(st.integers(0, len(name) - 1))
-    for slip in (name[:at] + name[at + 1:], name[:at] + "x" + name[at:], name[:at] + "x" + name[at + 1:]):
+    for slip in (name[:at] + name[at + 1 :], name[:at] + "x" + name[at:], name[:at] + "x" + name[at + 1 :]):
         assert suggest(slip, NAMES) == f"; did you mean {name!r}?"
 
 

@@ -95,6 +95,8 @@ def test_half_precision():
     exact, (_, expected) = run(HIDDEN, KERNEL)
     np.testing.assert_allclose(value, exact, rtol=0.01)
     np.testing.assert_allclose(d_kernel, expected, atol=0.05)
+    rounded = d_kernel.astype(jnp.bfloat16).astype(jnp.float32)
+    assert (rounded != d_kernel).mean() > 0.5, "the sum over tokens was rounded to bfloat16"
 
 
 @pytest.mark.parametrize("bias", [None, BIAS], ids=["no bias", "bias"])

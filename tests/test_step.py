@@ -1,4 +1,6 @@
-"""One update as a pure function: what it minimises, what it does with a loss that is not finite, and what it leaves alone."""
+"""One update as a pure function: what it minimises, what it does with a loss that is not finite, and what it leaves
+alone.
+"""
 
 from typing import Any
 
@@ -19,7 +21,9 @@ START = {"a": np.array([1.0, -2.0, 0.5], np.float32), "b": {"c": np.array([[3.0,
 
 
 def loss(params: Any, batch: Any, key: Any, reference: Any) -> Loss:
-    """Rows (B, 3) pull `a`, weighed by w; `kink` adds a term whose value is 0 and whose gradient is infinite, `lift` one without gradient."""
+    """Rows (B, 3) pull `a`, weighed by w; `kink` adds a term whose value is 0 and whose gradient is infinite, `lift`
+    one without gradient.
+    """
     pulled = jnp.sum(batch["w"] * jnp.sum((params["a"] - batch["x"]) ** 2, axis=1)) / 2
     c = params["b"]["c"]
     kink = jnp.sqrt(jnp.where(batch["kink"], c[0, 0] - jax.lax.stop_gradient(c[0, 0]), 1.0)) - (1.0 - batch["kink"])
@@ -72,7 +76,9 @@ def test_the_mean_gradient_of_the_global_batch():
     pulled = (w * ((a - x) ** 2).sum(1)).sum() / 2
     assert float(metrics["loss"]) == pytest.approx((pulled + (c**2).sum() / 2) / 3.5, rel=1e-6)
     assert float(metrics["pulled"]) == pytest.approx(pulled / 3.5, rel=1e-6)
-    assert float(metrics["grad_norm"]) == pytest.approx(np.sqrt((gradient["a"] ** 2).sum() + (gradient["b"]["c"] ** 2).sum()), rel=1e-6)
+    assert float(metrics["grad_norm"]) == pytest.approx(
+        np.sqrt((gradient["a"] ** 2).sum() + (gradient["b"]["c"] ** 2).sum()), rel=1e-6
+    )
     assert float(metrics["weight"]) == 3.5 and int(state.step) == 1
 
 
@@ -125,8 +131,13 @@ def test_a_skipped_step_uses_up_its_key():
 
 def test_the_reference_is_read_and_passed_on():
     """Other weights enter the loss as an argument: they are neither trained nor constants of the program."""
+
     def to_teacher(params, batch, key, reference):
-        return Loss(sum(jnp.sum((p - t) ** 2) for p, t in zip(jax.tree.leaves(params), jax.tree.leaves(reference["teacher"]))), jnp.float32(2), {})
+        return Loss(
+            sum(jnp.sum((p - t) ** 2) for p, t in zip(jax.tree.leaves(params), jax.tree.leaves(reference["teacher"]))),
+            jnp.float32(2),
+            {},
+        )
 
     optimizer = optax.with_extra_args_support(optax.sgd(0.25))
     step = jax.jit(make_step(to_teacher, differentiate(to_teacher), optimizer))
@@ -134,7 +145,9 @@ def test_the_reference_is_read_and_passed_on():
         teacher = jax.tree.map(lambda x, v=value: jnp.full(x.shape, v), START)
         state, _ = step(start(optimizer, teacher=teacher), {})
         same_bits(state.reference, {"teacher": teacher})
-        jax.tree.map(lambda p, s, v=value: np.testing.assert_allclose(p, s - 0.25 * (s - v), rtol=1e-6), state.params, START)
+        jax.tree.map(
+            lambda p, s, v=value: np.testing.assert_allclose(p, s - 0.25 * (s - v), rtol=1e-6), state.params, START
+        )
     assert step._cache_size() == 1, "another teacher is not another program"
 
 
@@ -149,7 +162,7 @@ def test_frozen_params_are_read_and_not_differentiated():
 
 
 def test_the_state_can_be_donated():
-    """The update happens in place: the state that came in is gone, and the one that comes out is the same as without."""
+    """The update happens in place: the state that came in is gone, what comes out is the same as without."""
     donating = jax.jit(make_step(loss, differentiate(loss), ADAM), donate_argnums=0)
     teacher = jnp.ones(3)
     state = given = start(ADAM, teacher=teacher)
@@ -168,11 +181,20 @@ def test_params_keep_their_dtype():
 
 
 def test_what_an_optimizer_may_ask_for():
-    """The mean loss, its gradient, and the loss at other params of the same batch and key, a part of them left out or not."""
+    """The mean loss, its gradient, and the loss at other params of the same batch and key, a part of them left out or
+    not.
+    """
+
     def update(updates, state, params=None, *, value, grad, value_fn, **extra):
         assert not extra
         elsewhere = jax.tree.map(lambda p: p + 1, params)
-        return jax.tree.map(jnp.zeros_like, updates), (value, value_fn(params), value_fn(elsewhere), value_fn({**elsewhere, "b": {"c": None}}), grad)
+        return jax.tree.map(jnp.zeros_like, updates), (
+            value,
+            value_fn(params),
+            value_fn(elsewhere),
+            value_fn({**elsewhere, "b": {"c": None}}),
+            grad,
+        )
 
     zeros = jax.tree.map(jnp.zeros_like, START)
     asking = optax.GradientTransformationExtraArgs(lambda params: (*[jnp.zeros(())] * 4, zeros), update)
@@ -183,7 +205,12 @@ def test_what_an_optimizer_may_ask_for():
     def mean(params):
         return float(loss(params, batch, jax.random.key(0), {}).total) / 3.5
 
-    assert float(value) == float(metrics["loss"]) == pytest.approx(mean(START), rel=1e-6) == pytest.approx(float(here), rel=1e-6)
+    assert (
+        float(value)
+        == float(metrics["loss"])
+        == pytest.approx(mean(START), rel=1e-6)
+        == pytest.approx(float(here), rel=1e-6)
+    )
     moved = jax.tree.map(lambda p: p + 1, START)
     assert float(there) == pytest.approx(mean(moved), rel=1e-6)
     assert float(partly) == pytest.approx(mean({**moved, "b": START["b"]}), rel=1e-6)
@@ -195,20 +222,36 @@ GOLDEN = {"loss": 4.0192857, "grad_norm": 1.4259676, "correct": 0.03703704, "sec
 
 
 def test_golden_metrics_of_two_steps():
-    """A tiny Llama, AdamW with warmup, from NumPy weights. If a change of the model, the loss or the optimizer is meant to change these, put in
-    what the failure shows; if not, it has."""
+    """A tiny Llama, AdamW with warmup, from NumPy weights. If a change of the model, the loss or the optimizer is meant
+    to change these, put in what the failure shows; if not, it has broken one of them.
+    """
     sizes = presets.llama(vocab_size=32, max_length=16, layers=2, dim=16, heads=4, kv_heads=2, mlp_dim=24)
     shapes = transformer.shapes(sizes)
     rng = np.random.default_rng(0)
-    params = jax.tree.map(lambda x: (rng.standard_normal(x.shape) * 0.2 + (len(x.shape) < 3)).astype(np.float32), shapes)
+    params = jax.tree.map(
+        lambda x: (rng.standard_normal(x.shape) * 0.2 + (len(x.shape) < 3)).astype(np.float32), shapes
+    )
     tokens = rng.integers(0, 32, (4, 17)).astype(np.int32)
-    batch = {"tokens": tokens[:, :-1], "targets": tokens[:, 1:], "weights": rng.integers(0, 2, (4, 16)).astype(np.float32)}
+    batch = {
+        "tokens": tokens[:, :-1],
+        "targets": tokens[:, 1:],
+        "weights": rng.integers(0, 2, (4, 16)).astype(np.float32),
+    }
     task = NextToken(label_smoothing=0.1, z_loss=1e-3).loss(sizes)
-    optimizer = optim.make_optimizer(Optimizer(learning_rate=0.01, weight_decay=0.1), optim.make_schedule(Schedule(warmup=2, initial=0.5), 10),
-                                     shapes, transformer.axes(sizes))
+    optimizer = optim.make_optimizer(
+        Optimizer(learning_rate=0.01, weight_decay=0.1),
+        optim.make_schedule(Schedule(warmup=2, initial=0.5), 10),
+        shapes,
+        transformer.axes(sizes),
+    )
     step = jax.jit(make_step(task, differentiate(task), optimizer))
     state, first = step(init_state(params, optimizer, jax.random.key(0)), batch)
     _, second = step(state, batch)
-    found = {"loss": float(first["loss"]), "grad_norm": float(first["grad_norm"]), "correct": float(first["correct"]), "second": float(second["loss"])}
+    found = {
+        "loss": float(first["loss"]),
+        "grad_norm": float(first["grad_norm"]),
+        "correct": float(first["correct"]),
+        "second": float(second["loss"]),
+    }
     assert found == pytest.approx(GOLDEN, rel=1e-4), f"golden metrics changed, to {found}"
     assert tree.size(state.params) == sum(x.size for x in jax.tree.leaves(params))

@@ -56,6 +56,8 @@ def test_match_refuses_a_regex_without_a_parameter():
         str(told.value)
         == "optimizer.freeze 'decoder/norm/scales' matches no parameter; did you mean 'decoder/norm/scale'?"
     )
+    with pytest.raises(ConfigError, match="regex 'embed' matches no parameter"):
+        tree.match(PARAMS, ["embed"])  # the beginning of a path is not a path
     with pytest.raises(ConfigError) as told:
         tree.mask(PARAMS, ["xyz"])
     assert str(told.value) == f"regex 'xyz' matches no parameter; known: {', '.join(NAMES)}"

@@ -75,10 +75,15 @@ class Accounting:
         """
         t = dict(zip(FIELDS, self.totals, strict=True))
         least = 1 if final else ENOUGH
-        shares = (("documents are dropped", t["dropped"], t["read"], t["read"] >= least),
-                  ("tokens are lost", t["lost"], t["tokens"] + t["lost"], t["read"] >= least),
-                  ("rows have nothing to predict", t["rows_without_targets"], t["rows"], t["rows"] >= least))
-        over = [f"{_share(part, whole):.1%} of the {what} ({part:.0f} of {whole:.0f})"
-                for what, part, whole, judged in shares if judged and _share(part, whole) > max_dropped]
+        shares = (
+            ("documents are dropped", t["dropped"], t["read"], t["read"] >= least),
+            ("tokens are lost", t["lost"], t["tokens"] + t["lost"], t["read"] >= least),
+            ("rows have nothing to predict", t["rows_without_targets"], t["rows"], t["rows"] >= least),
+        )
+        over = [
+            f"{_share(part, whole):.1%} of the {what} ({part:.0f} of {whole:.0f})"
+            for what, part, whole, judged in shares
+            if judged and _share(part, whole) > max_dropped
+        ]
         if over:
             raise DataError(f"{'; '.join(over)}: data.max_dropped allows {max_dropped:.1%}")

@@ -153,8 +153,15 @@ class Windows(grain.IterDataset):
     restored, at the first `next`. Without a seed `group` is given no generator.
     """
 
-    def __init__(self, parent: grain.IterDataset, group: Callable[..., list[Row]], capacity: tuple[int, ...], size: int,
-                 rows: float = 0.0, seed: int | None = None):
+    def __init__(
+        self,
+        parent: grain.IterDataset,
+        group: Callable[..., list[Row]],
+        capacity: tuple[int, ...],
+        size: int,
+        rows: float = 0.0,
+        seed: int | None = None,
+    ):
         super().__init__(parent)
         self.group, self.capacity, self.size, self.rows, self.seed = group, capacity, size, rows, seed
 

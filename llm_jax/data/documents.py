@@ -39,8 +39,10 @@ def split_documents(count: int, fraction: float, seed: int = 0) -> tuple[np.ndar
     if fraction <= 0:
         return np.arange(count), np.arange(0)
     if count == 1:
-        raise DataError("there is a single document, of which nothing can be held out: set data.heldout to 0, "
-                        "or data.heldout_sources")
+        raise DataError(
+            "there is a single document, of which nothing can be held out: set data.heldout to 0, "
+            "or data.heldout_sources"
+        )
     order = list(range(count))
     random.Random(seed).shuffle(order)
     cut = min(max(round(count * fraction), 1), count - 1)
@@ -137,8 +139,9 @@ class Read:
         lengths = {stream: len(example[stream]) for stream in self.capacity}
         for stream, length in lengths.items():
             if length > self.capacity[stream]:
-                raise DataError(f"{name}: an example has {length} {stream}, a row holds {self.capacity[stream]}: "
-                                "raise batch.length")
+                raise DataError(
+                    f"{name}: an example has {length} {stream}, a row holds {self.capacity[stream]}: raise batch.length"
+                )
         features = {}
         for feature, value in example.items():
             if feature == "account":
@@ -146,8 +149,10 @@ class Read:
             value = np.asarray(value)
             features[feature] = value.astype(np.float32 if value.dtype.kind == "f" else np.int32, copy=False)
             if value.ndim == 0 and self.data.pack:
-                raise ConfigError(f"{type(self.task).__name__} gives each example a {feature!r}, which a packed row "
-                                  "has no place for: set data.pack to False")
+                raise ConfigError(
+                    f"{type(self.task).__name__} gives each example a {feature!r}, which a packed row "
+                    "has no place for: set data.pack to False"
+                )
             stream = stream_of(feature)
             if value.ndim and len(value) != lengths.get(stream):
                 raise DataError(f"{name}: {feature!r} has length {len(value)}, {stream!r} {lengths.get(stream)}")
@@ -158,11 +163,12 @@ class Read:
         if "account" in examples[0]:
             accounts = [np.array(example["account"], np.float64) for example in examples]
         else:
-            fields = (self.data.text, self.data.target)[:len(self.capacity)]
+            fields = (self.data.text, self.data.target)[: len(self.capacity)]
             size = sum(len(record[name].encode()) for name in fields if isinstance(record.get(name), str))
             tokens = [sum(piece.lengths) for piece in made]
             ends = np.cumsum(tokens) * size // sum(tokens)  # whole bytes that add up, as shares would not
-            accounts = [pieces.account(tokens=n, bytes=b)
-                        for n, b in zip(tokens, np.diff(ends, prepend=0), strict=True)]
+            accounts = [
+                pieces.account(tokens=n, bytes=b) for n, b in zip(tokens, np.diff(ends, prepend=0), strict=True)
+            ]
         accounts[0] = accounts[0] + pieces.account(read=1)
         return accounts

@@ -126,7 +126,7 @@ class Bucketed:
         smallest = fits.argmax(axis=1)
         order = np.arange(len(pieces)) if rng is None else rng.permutation(len(pieces))
         order = order[np.argsort(smallest[order], kind="stable")]
-        batches = [order[i:i + self.size] for i in range(0, len(order), self.size)]
+        batches = [order[i : i + self.size] for i in range(0, len(order), self.size)]
         turns = range(len(batches)) if rng is None else rng.permutation(len(batches))
         return [Row([pieces[i]], self.buckets[smallest[batches[k]].max()]) for k in turns for i in batches[k]]
 

@@ -84,8 +84,18 @@ class Loader:
         DataError: no documents for this split or process, none that yields an example, an example that no row holds.
     """
 
-    def __init__(self, sources: Sequence[Source], tokenizer: Tokenizer, task: Any, data: Data, batch: Batch, seed: int,
-                 split: str = "train", process_index: int = 0, process_count: int = 1):
+    def __init__(
+        self,
+        sources: Sequence[Source],
+        tokenizer: Tokenizer,
+        task: Any,
+        data: Data,
+        batch: Batch,
+        seed: int,
+        split: str = "train",
+        process_index: int = 0,
+        process_count: int = 1,
+    ):
         self._sources, self._tokenizer, self._task = list(sources), tokenizer, task
         self._data, self._batch = data, batch
         self._process, self._processes = process_index, process_count
@@ -110,8 +120,10 @@ class Loader:
         if self._lengths[-1] > length:
             raise ConfigError(f"data.buckets has {self._lengths[-1]}, but batch.length is {length}")
         if processes > 1 and len(self._lengths) > 1:
-            raise ConfigError(f"data.buckets {data.buckets} would give the {processes} processes batches of different "
-                              "shapes: leave them empty, or set data.pack")
+            raise ConfigError(
+                f"data.buckets {data.buckets} would give the {processes} processes batches of different "
+                "shapes: leave them empty, or set data.pack"
+            )
 
     def _capacity(self, length: int) -> dict[str, int]:
         """Slots in each stream of a row whose length the config gives."""
@@ -127,16 +139,24 @@ class Loader:
         """(N, 2) source and record number of the documents of a source that this process reads."""
         numbers = self._documents[which]
         if self._train:
-            numbers = numbers[self._process::self._processes]
+            numbers = numbers[self._process :: self._processes]
         if not len(numbers):
-            raise DataError(f"{self._sources[which].spec}: {len(self._documents[which])} documents for "
-                            f"{self._processes} processes: process {self._process} has none")
+            raise DataError(
+                f"{self._sources[which].spec}: {len(self._documents[which])} documents for "
+                f"{self._processes} processes: process {self._process} has none"
+            )
         return np.stack([np.full_like(numbers, which), numbers], axis=1)
 
     def _pieces(self) -> grain.IterDataset:
         """The pieces of all sources: mixed without end, or one source after the other, once."""
-        read = Read(self._sources, self._tokenizer, self._task, self._data, self._batch.length,
-                    self._capacity(self._batch.length))
+        read = Read(
+            self._sources,
+            self._tokenizer,
+            self._task,
+            self._data,
+            self._batch.length,
+            self._capacity(self._batch.length),
+        )
         # Grain's reading threads would gain nothing: encoding a text holds the interpreter's lock.
         inline = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
         pairs = [self._pairs(which) for which in range(len(self._sources))]
@@ -175,8 +195,10 @@ class Loader:
             return grain.experimental.ThreadPrefetchIterDataset(batches, prefetch_buffer_size=READ_AHEAD).__iter__()
         if getattr(multiprocessing.current_process(), "_inheriting", False):
             # A worker that imports the script that started it: without this it hangs, and the script with it.
-            raise ConfigError("data.workers starts processes that import the main script: put what the script runs "
-                              "under if __name__ == '__main__':")
+            raise ConfigError(
+                "data.workers starts processes that import the main script: put what the script runs "
+                "under if __name__ == '__main__':"
+            )
         if not flags.FLAGS.is_parsed():
             flags.FLAGS.mark_as_parsed()  # Grain hands its flags to the workers, parsed or not, and fails if not
         options = grain.MultiprocessingOptions(num_workers=self._workers, per_worker_buffer_size=READ_AHEAD)
@@ -204,8 +226,12 @@ class Loader:
 
     def get_state(self) -> dict[str, Any]:
         """The place after the last batch returned, whatever was read ahead, as JSON-able data."""
-        return {"layout": self._layout, "salt": self._salt, "batches": self._batches,
-                "grain": self._iterator.get_state()}
+        return {
+            "layout": self._layout,
+            "salt": self._salt,
+            "batches": self._batches,
+            "grain": self._iterator.get_state(),
+        }
 
     def set_state(self, state: dict[str, Any]) -> None:
         """Go on after the batch at which `state` was taken: from here on, the same batches follow.
@@ -242,15 +268,28 @@ class Loader:
     def fingerprint(self) -> dict[str, Any]:
         """What the stream depends on, as JSON-able data, for the card and for `check_fingerprint`."""
         names = ("weights", "heldout", "text", "target", "pack", "buckets", "long", "invalid", "window")
-        settings = {"seed": self._seed, "task": repr(self._task), "tokenizer": self._tokenizer.fingerprint,
-                    "batch.size": self._batch.size, "batch.length": self._batch.length}
+        settings = {
+            "seed": self._seed,
+            "task": repr(self._task),
+            "tokenizer": self._tokenizer.fingerprint,
+            "batch.size": self._batch.size,
+            "batch.length": self._batch.length,
+        }
         for name in names:
             value = getattr(self._data, name)
             settings[f"data.{name}"] = list(value) if isinstance(value, tuple) else value
-        sources = [{"spec": source.spec, "fingerprint": source.fingerprint, "documents": len(numbers)}
-                   for source, numbers in zip(self._sources, self._documents, strict=True)]
-        return {"split": self._split, "sources": sources, "workers": self._workers, "processes": self._processes,
-                "grain": grain.__version__, "settings": settings}
+        sources = [
+            {"spec": source.spec, "fingerprint": source.fingerprint, "documents": len(numbers)}
+            for source, numbers in zip(self._sources, self._documents, strict=True)
+        ]
+        return {
+            "split": self._split,
+            "sources": sources,
+            "workers": self._workers,
+            "processes": self._processes,
+            "grain": grain.__version__,
+            "settings": settings,
+        }
 
 
 def check_fingerprint(saved: dict[str, Any], now: dict[str, Any]) -> None:
@@ -264,15 +303,24 @@ def check_fingerprint(saved: dict[str, Any], now: dict[str, Any]) -> None:
     if before != after:
         changes.append(f"the sources were {before}, now {after}")
     else:
-        changes += [f"source {new['spec']} has other content "
-                    f"({old['documents']} documents before, {new['documents']} now)"
-                    for old, new in zip(saved["sources"], now["sources"], strict=True) if old != new]
-    names = {"split": "the split", "workers": "data.workers", "processes": "the number of processes",
-             "grain": "the version of grain"}
+        changes += [
+            f"source {new['spec']} has other content ({old['documents']} documents before, {new['documents']} now)"
+            for old, new in zip(saved["sources"], now["sources"], strict=True)
+            if old != new
+        ]
+    names = {
+        "split": "the split",
+        "workers": "data.workers",
+        "processes": "the number of processes",
+        "grain": "the version of grain",
+    }
     old = {**{what: saved[key] for key, what in names.items()}, **saved["settings"]}
     new = {**{what: now[key] for key, what in names.items()}, **now["settings"]}
-    changes += [f"{name} was {old.get(name)}, now {new.get(name)}"
-                for name in {**old, **new} if old.get(name) != new.get(name)]
+    changes += [
+        f"{name} was {old.get(name)}, now {new.get(name)}" for name in {**old, **new} if old.get(name) != new.get(name)
+    ]
     if changes:
-        raise DataError("the run cannot continue on the same samples: " + "; ".join(changes) + ". Resume with what it "
-                        "began with, or set config.checkpoint.allow_changed_data=True to go on with other samples")
+        raise DataError(
+            "the run cannot continue on the same samples: " + "; ".join(changes) + ". Resume with what it "
+            "began with, or set config.checkpoint.allow_changed_data=True to go on with other samples"
+        )

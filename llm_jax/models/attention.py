@@ -35,9 +35,18 @@ class Mask(NamedTuple):
         return same
 
 
-def attend(q: Float[Array, "B S H E"], k: Float[Array, "B T K E"], v: Float[Array, "B T K E"], mask: Mask, *,
-           bias: Float[Array, "B H S T"] | None = None, scale: float, dropout_rate: float = 0.0, key: Array | None = None,
-           want_weights: bool = False) -> tuple[Float[Array, "B S H E"], Float[Array, "B H S T"] | None]:
+def attend(
+    q: Float[Array, "B S H E"],
+    k: Float[Array, "B T K E"],
+    v: Float[Array, "B T K E"],
+    mask: Mask,
+    *,
+    bias: Float[Array, "B H S T"] | None = None,
+    scale: float,
+    dropout_rate: float = 0.0,
+    key: Array | None = None,
+    want_weights: bool = False,
+) -> tuple[Float[Array, "B S H E"], Float[Array, "B H S T"] | None]:
     """softmax(scale * q k^T + bias) v with keys that the mask hides left out; each key-value head serves H/K query heads.
 
     Returns the values and, on request, the weights. Softmax in float32.
@@ -46,7 +55,9 @@ def attend(q: Float[Array, "B S H E"], k: Float[Array, "B T K E"], v: Float[Arra
     plain = bias is None and not dropping and not want_weights
     platform = jax.default_backend()
     if platform == "gpu" and not (dropping or want_weights):
-        y = jax.nn.dot_product_attention(q, k, v, bias=bias, mask=mask.allowed()[:, None], scale=scale, implementation=_gpu_form(q))
+        y = jax.nn.dot_product_attention(
+            q, k, v, bias=bias, mask=mask.allowed()[:, None], scale=scale, implementation=_gpu_form(q)
+        )
         return y, None
     if platform == "cpu" and plain and mask.aligned:
         return _blocked(q, k, v, mask.query_segments, mask.causal, scale), None
@@ -70,7 +81,10 @@ def _blocked(q, k, v, segments, causal, scale):
 
 def _blocks(length: int, causal: bool) -> list[tuple[slice, slice]]:
     """(queries, keys) of each block."""
-    return [(slice(i, min(i + BLOCK, length)), slice(0, min(i + BLOCK, length) if causal else length)) for i in range(0, length, BLOCK)]
+    return [
+        (slice(i, min(i + BLOCK, length)), slice(0, min(i + BLOCK, length) if causal else length))
+        for i in range(0, length, BLOCK)
+    ]
 
 
 def _heads_first(x: Float[Array, "B S N E"], groups: int) -> Float[Array, "B K G S E"]:
@@ -85,7 +99,11 @@ def _heads_last(x: Float[Array, "B K G S E"]) -> Float[Array, "B S N E"]:
 
 def _blocked_forward(q, k, v, segments, causal, scale):
     groups = q.shape[2] // k.shape[2]
-    q, k, v = _heads_first(q * jnp.asarray(scale, q.dtype), groups), _heads_first(k, 1)[:, :, 0], _heads_first(v, 1)[:, :, 0]
+    q, k, v = (
+        _heads_first(q * jnp.asarray(scale, q.dtype), groups),
+        _heads_first(k, 1)[:, :, 0],
+        _heads_first(v, 1)[:, :, 0],
+    )
     index = jnp.arange(q.shape[3])
     outs, kept = [], []
     for s, t in _blocks(q.shape[3], causal):
@@ -93,7 +111,9 @@ def _blocked_forward(q, k, v, segments, causal, scale):
         if causal:
             allowed &= index[s, None] >= index[None, t]
         scores = jnp.einsum("bkgse,bkte->bkgst", q[:, :, :, s], k[:, :, t], preferred_element_type=jnp.float32)
-        weights = jax.nn.softmax(jnp.where(allowed[:, None, None], scores, jnp.finfo(jnp.float32).min), axis=-1).astype(v.dtype)
+        weights = jax.nn.softmax(jnp.where(allowed[:, None, None], scores, jnp.finfo(jnp.float32).min), axis=-1).astype(
+            v.dtype
+        )
         outs.append(jnp.einsum("bkgst,bkte->bkgse", weights, v[:, :, t]))
         kept.append(weights)
     out = jnp.concatenate(outs, axis=3)
@@ -101,7 +121,7 @@ def _blocked_forward(q, k, v, segments, causal, scale):
 
 
 def _blocked_backward(causal, scale, saved, d_out):
-    q, k, v, segments, out, kept = saved
+    q, k, v, _, out, kept = saved
     groups = q.shape[2]
     d_out = _heads_first(d_out, groups)
     shared = jnp.sum(d_out.astype(jnp.float32) * out, axis=-1, keepdims=True)

@@ -111,7 +111,9 @@ class ModelConfig:
             if getattr(self, name) < 0:
                 raise ConfigError(f"model.{name} is {getattr(self, name)}: it must not be negative")
         if not self.head_dim and self.dim % self.heads:
-            raise ConfigError(f"model.dim {self.dim} is not a multiple of model.heads {self.heads}; or set model.head_dim")
+            raise ConfigError(
+                f"model.dim {self.dim} is not a multiple of model.heads {self.heads}; or set model.head_dim"
+            )
         if self.heads % self.kv_size:
             raise ConfigError(f"model.heads {self.heads} is not a multiple of model.kv_heads {self.kv_heads}")
         if self.positions == "rotary" and self.head_size % 2:
@@ -121,7 +123,9 @@ class ModelConfig:
         if not 0 <= self.dropout < 1:
             raise ConfigError(f"model.dropout is {self.dropout}: it must lie in [0, 1)")
         if self.patch_size and self.image_size % self.patch_size:
-            raise ConfigError(f"model.image_size {self.image_size} is not a multiple of model.patch_size {self.patch_size}")
+            raise ConfigError(
+                f"model.image_size {self.image_size} is not a multiple of model.patch_size {self.patch_size}"
+            )
         if self.head == "mlm" and self.architecture != "encoder":
             raise ConfigError(f"the mlm head is for an encoder, not for a {self.architecture}")
 
@@ -143,7 +147,9 @@ class ModelConfig:
     @property
     def decoder_depth(self) -> int:
         """The number of layers of the decoder; 0 in an encoder."""
-        return {"encoder": 0, "decoder": self.layers, "encoder-decoder": self.decoder_layers or self.layers}[self.architecture]
+        return {"encoder": 0, "decoder": self.layers, "encoder-decoder": self.decoder_layers or self.layers}[
+            self.architecture
+        ]
 
     @property
     def encoder_depth(self) -> int:

@@ -33,8 +33,14 @@ class Head(nn.Module):
     config: ModelConfig
 
     @nn.compact
-    def __call__(self, x: Float[Array, "B S D"], table: Float[Array, "V D"] | None, batch: dict[str, Any], logits: bool = True,
-                 key: Array | None = None) -> Outputs:
+    def __call__(
+        self,
+        x: Float[Array, "B S D"],
+        table: Float[Array, "V D"] | None,
+        batch: dict[str, Any],
+        logits: bool = True,
+        key: Array | None = None,
+    ) -> Outputs:
         c = self.config
         pooled = self.pool(x, batch) if c.pooler != "none" else None
         if c.head == "none":
@@ -69,7 +75,9 @@ class Head(nn.Module):
         x = self.summary(x, batch)
         return ACTIVATIONS[c.pooler](contract(x, kernel) + bias.astype(x.dtype))
 
-    def vocabulary(self, x: Float[Array, "B S D"], table: Float[Array, "V D"] | None, batch: dict[str, Any], logits: bool) -> Outputs:
+    def vocabulary(
+        self, x: Float[Array, "B S D"], table: Float[Array, "V D"] | None, batch: dict[str, Any], logits: bool
+    ) -> Outputs:
         """Logits over the vocabulary, at the positions to predict where the batch names them."""
         c = self.config
         if batch.get("predict") is not None:
@@ -81,7 +89,9 @@ class Head(nn.Module):
         if c.logits_scale and c.tie_embeddings:
             x = x * c.dim**-0.5
         assert table is not None or not c.tie_embeddings
-        kernel: Any = table if c.tie_embeddings else parameter(self, "kernel", (c.vocab_size, c.dim), ("vocab", "embed"))
+        kernel: Any = (
+            table if c.tie_embeddings else parameter(self, "kernel", (c.vocab_size, c.dim), ("vocab", "embed"))
+        )
         bias = None
         if c.head == "mlm" or c.logits_bias:
             bias = parameter(self, "bias", (c.vocab_size,), ("vocab",), value=0.0)

@@ -43,8 +43,14 @@ class Named(nn.Partitioned):
         return self.value
 
 
-def parameter(module: nn.Module, name: str, shape: tuple[int, ...], axes: tuple[str, ...], fan_in: int | None = None,
-              value: float | None = None) -> Array:
+def parameter(
+    module: nn.Module,
+    name: str,
+    shape: tuple[int, ...],
+    axes: tuple[str, ...],
+    fan_in: int | None = None,
+    value: float | None = None,
+) -> Array:
     """A float32 weight with logical axes: constant `value`, or normal with variance 1/fan_in, or `INIT_SCALE` when neither is given."""
     if value is not None:
         init: Any = nn.initializers.constant(value)
@@ -109,8 +115,10 @@ def unstack(stacked: Any, depth: int) -> tuple[Any, ...]:
     return tuple(jax.tree.map(operator.itemgetter(i), stacked) for i in range(depth))
 
 
-unstack.defvjp(lambda stacked, depth: (unstack(stacked, depth), None),
-               lambda depth, _, each: (jax.tree.map(lambda *leaves: jnp.stack(leaves), *each),))
+unstack.defvjp(
+    lambda stacked, depth: (unstack(stacked, depth), None),
+    lambda depth, _, each: (jax.tree.map(lambda *leaves: jnp.stack(leaves), *each),),
+)
 
 
 class Norm(nn.Module):
@@ -143,8 +151,9 @@ class RelativeBias(nn.Module):
     def __call__(self, queries: Int[Array, "B S"], keys: Int[Array, "B T"]) -> Float[Array, "B H S T"]:
         c = self.config
         table = parameter(self, "table", (c.relative_buckets, c.heads), ("buckets", "heads"), fan_in=c.dim)
-        bucket = relative_bucket(keys[:, None, :] - queries[:, :, None], c.relative_buckets, c.relative_distance,
-                                 self.bidirectional)
+        bucket = relative_bucket(
+            keys[:, None, :] - queries[:, :, None], c.relative_buckets, c.relative_distance, self.bidirectional
+        )
         return jnp.moveaxis(table[bucket], -1, 1)
 
 
@@ -169,16 +178,27 @@ class Attention(nn.Module):
         c = self.config
 
         def weight(name: str, heads: int, axis: str, fan: int = c.dim) -> None:
-            setattr(self, name, parameter(self, name, (c.dim, heads, c.head_size), ("embed", axis, "head_size"), fan_in=fan))
+            setattr(
+                self, name, parameter(self, name, (c.dim, heads, c.head_size), ("embed", axis, "head_size"), fan_in=fan)
+            )
             if c.bias != "none":
-                setattr(self, f"{name}_bias", parameter(self, f"{name}_bias", (heads, c.head_size), (axis, "head_size"), value=0.0))
+                setattr(
+                    self,
+                    f"{name}_bias",
+                    parameter(self, f"{name}_bias", (heads, c.head_size), (axis, "head_size"), value=0.0),
+                )
 
         # Where the scores are not divided by sqrt(E), the first queries are, as in T5.
         weight("query", c.heads, "heads", c.dim if c.attention_scale else c.dim * c.head_size)
         weight("key", c.kv_size, "kv")
         weight("value", c.kv_size, "kv")
-        self.out = parameter(self, "out", (c.heads, c.head_size, c.dim), ("heads", "head_size", "embed"),
-                             fan_in=residual_fan(c, c.heads * c.head_size))
+        self.out = parameter(
+            self,
+            "out",
+            (c.heads, c.head_size, c.dim),
+            ("heads", "head_size", "embed"),
+            fan_in=residual_fan(c, c.heads * c.head_size),
+        )
         if c.bias == "all":
             self.out_bias = parameter(self, "out_bias", (c.dim,), ("hidden",), value=0.0)
         if c.qk_norm:
@@ -200,9 +220,16 @@ class Attention(nn.Module):
             k = rotary(k, positions, self.config.rotary_base)
         return k, self.project("value", source)
 
-    def __call__(self, x: Float[Array, "B S D"], source: Float[Array, "B T D"] | None, mask: Mask,
-                 bias: Float[Array, "B H S T"] | None = None, memory: Memory | None = None, key: Array | None = None,
-                 want_weights: bool = False) -> tuple[Float[Array, "B S D"], Memory, Float[Array, "B H S T"] | None]:
+    def __call__(
+        self,
+        x: Float[Array, "B S D"],
+        source: Float[Array, "B T D"] | None,
+        mask: Mask,
+        bias: Float[Array, "B H S T"] | None = None,
+        memory: Memory | None = None,
+        key: Array | None = None,
+        want_weights: bool = False,
+    ) -> tuple[Float[Array, "B S D"], Memory, Float[Array, "B H S T"] | None]:
         c = self.config
         q = self.project("query", x)
         if c.qk_norm:
@@ -215,10 +242,21 @@ class Attention(nn.Module):
         else:
             k, v = self.keys_and_values(source, mask.query_positions)
             if memory is not None:
-                k, v = (jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), mask.offset, axis=1)
-                        for old, new in zip(memory, (k, v)))
-        y, weights = attend(q, k, v, mask, bias=bias, scale=c.head_size**-0.5 if c.attention_scale else 1.0,
-                            dropout_rate=c.dropout, key=key, want_weights=want_weights)
+                k, v = (
+                    jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), mask.offset, axis=1)
+                    for old, new in zip(memory, (k, v))
+                )
+        y, weights = attend(
+            q,
+            k,
+            v,
+            mask,
+            bias=bias,
+            scale=c.head_size**-0.5 if c.attention_scale else 1.0,
+            dropout_rate=c.dropout,
+            key=key,
+            want_weights=want_weights,
+        )
         y = contract(y, self.out, over=2)
         return y + self.out_bias.astype(y.dtype) if c.bias == "all" else y, (k, v), weights
 
@@ -259,8 +297,13 @@ class Embedding(nn.Module):
     def setup(self):
         c = self.config
         if c.patch_size:
-            self.patches = parameter(self, "patches", (c.patch_size, c.patch_size, 3, c.dim), ("pixels", "pixels", "pixels", "embed"),
-                                     fan_in=3 * c.patch_size**2)
+            self.patches = parameter(
+                self,
+                "patches",
+                (c.patch_size, c.patch_size, 3, c.dim),
+                ("pixels", "pixels", "pixels", "embed"),
+                fan_in=3 * c.patch_size**2,
+            )
             self.patches_bias = parameter(self, "patches_bias", (c.dim,), ("hidden",), value=0.0)
             self.first = parameter(self, "first", (c.dim,), ("hidden",))
         else:
@@ -287,8 +330,9 @@ class Embedding(nn.Module):
         first = jnp.broadcast_to(self.first.astype(x.dtype), (x.shape[0], 1, c.dim))
         return jnp.concatenate([first, x.reshape(x.shape[0], n * n, c.dim)], axis=1)
 
-    def __call__(self, tokens: Array, positions: Int[Array, "B S"], types: Int[Array, "B S"] | None,
-                 key: Array | None) -> Float[Array, "B S D"]:
+    def __call__(
+        self, tokens: Array, positions: Int[Array, "B S"], types: Int[Array, "B S"] | None, key: Array | None
+    ) -> Float[Array, "B S D"]:
         c = self.config
         dtype = compute_dtype(c)
         x = self.images(tokens) if c.patch_size else self.tokens[tokens].astype(dtype)

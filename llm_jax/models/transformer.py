@@ -43,8 +43,15 @@ class Block(nn.Module):
     cross: bool = False
 
     @nn.compact
-    def __call__(self, x: Float[Array, "B S D"], seen: "Seen", memory: Memory | None = None, cross_memory: Memory | None = None,
-                 key: Array | None = None, want_weights: bool = False) -> tuple[Float[Array, "B S D"], "Kept"]:
+    def __call__(
+        self,
+        x: Float[Array, "B S D"],
+        seen: "Seen",
+        memory: Memory | None = None,
+        cross_memory: Memory | None = None,
+        key: Array | None = None,
+        want_weights: bool = False,
+    ) -> tuple[Float[Array, "B S D"], "Kept"]:
         c = self.config
         keys = [None] * 5 if key is None else list(jax.random.split(key, 5))
 
@@ -60,12 +67,15 @@ class Block(nn.Module):
 
         def attention(y: Array) -> Array:
             y, kept["memory"], kept["weights"] = Attention(c, name="attention")(
-                y, y, seen.mask, seen.bias, memory, keys[0], want_weights)
+                y, y, seen.mask, seen.bias, memory, keys[0], want_weights
+            )
             return y
 
         def cross_attention(y: Array) -> Array:
             assert seen.cross_mask is not None
-            y, kept["cross"], _ = Attention(c, cross=True, name="cross")(y, seen.encoded, seen.cross_mask, None, cross_memory, keys[1])
+            y, kept["cross"], _ = Attention(c, cross=True, name="cross")(
+                y, seen.encoded, seen.cross_mask, None, cross_memory, keys[1]
+            )
             return y
 
         x = branch(x, "attention", keys[2], attention)
@@ -98,7 +108,9 @@ def _modules(config: ModelConfig) -> dict[str, Any]:
     modules: dict[str, Any] = {"embed": Embedding(config)}
     for side, depth in (("encoder", config.encoder_depth), ("decoder", config.decoder_depth)):
         if depth:
-            modules[f"{side}/layers"] = Block(config, cross=side == "decoder" and config.architecture == "encoder-decoder")
+            modules[f"{side}/layers"] = Block(
+                config, cross=side == "decoder" and config.architecture == "encoder-decoder"
+            )
             if config.norm_place == "pre":
                 modules[f"{side}/norm"] = Norm(config)
             if config.positions == "relative":
@@ -159,21 +171,37 @@ def axes(config: ModelConfig) -> Params:
 
 def unstacked(config: ModelConfig, params: Params) -> Params:
     """The params with each stack's layers as a tuple of trees: what decoding on CPU reads, so that no layer is cut out at each token."""
-    sides = {side: {**params[side], "layers": unstack(params[side]["layers"], depth)}
-             for side, depth in (("encoder", config.encoder_depth), ("decoder", config.decoder_depth)) if depth}
+    sides = {
+        side: {**params[side], "layers": unstack(params[side]["layers"], depth)}
+        for side, depth in (("encoder", config.encoder_depth), ("decoder", config.decoder_depth))
+        if depth
+    }
     return {**params, **sides}
 
 
-def _stack(config: ModelConfig, cross: bool, stacked: Any, x: Array, seen: Seen, key: Array | None,
-           memory: tuple[Memory, ...] | None, cross_memory: tuple[Memory, ...], keep_hidden: bool, want_weights: bool
-           ) -> tuple[Array, Any]:
+def _stack(
+    config: ModelConfig,
+    cross: bool,
+    stacked: Any,
+    x: Array,
+    seen: Seen,
+    key: Array | None,
+    memory: tuple[Memory, ...] | None,
+    cross_memory: tuple[Memory, ...],
+    keep_hidden: bool,
+    want_weights: bool,
+) -> tuple[Array, Any]:
     """All layers of a stack: scanned over the leading axis, or one after the other on CPU and where there is a cache."""
     module = Block(config, cross)
 
     def layer(x: Array, weights: Params, memory: Any, cross_memory: Any, key: Array | None) -> tuple[Array, Kept]:
         x, kept = cast(Any, module.apply)({"params": weights}, x, seen, memory, cross_memory, key, want_weights)
-        return x, Kept(kept.memory if memory is not None else None, kept.cross if memory is not None else None,
-                       kept.hidden if keep_hidden else None, kept.weights)
+        return x, Kept(
+            kept.memory if memory is not None else None,
+            kept.cross if memory is not None else None,
+            kept.hidden if keep_hidden else None,
+            kept.weights,
+        )
 
     if config.remat != "none":
         policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if config.remat == "dots" else None
@@ -184,30 +212,62 @@ def _stack(config: ModelConfig, cross: bool, stacked: Any, x: Array, seen: Seen,
         return jax.lax.scan(lambda x, each: layer(x, each[0], None, None, each[1]), x, (stacked, keys))
     kept: list[Any] = []
     for i, weights in enumerate(stacked if isinstance(stacked, tuple) else unstack(stacked, depth)):
-        x, one = layer(x, weights, memory[i] if memory else None, cross_memory[i] if cross_memory else None,
-                       None if keys is None else keys[i])
+        x, one = layer(
+            x,
+            weights,
+            memory[i] if memory else None,
+            cross_memory[i] if cross_memory else None,
+            None if keys is None else keys[i],
+        )
         kept.append(one)
     if memory is not None:
         return x, Kept(cast(Any, tuple(k.memory for k in kept)), cast(Any, tuple(k.cross for k in kept)), None, None)
     return x, jax.tree.map(lambda *leaves: jnp.stack(leaves), *kept)
 
 
-def _run(config: ModelConfig, side: str, params: Params, tokens: Array, positions: Array, mask: Mask, types: Array | None,
-         key: Array | None, encoded: Array | None = None, cross_mask: Mask | None = None, memory: Any = None,
-         cross_memory: Any = (), keep_hidden: bool = False, want_weights: bool = False) -> tuple[Array, Any]:
+def _run(
+    config: ModelConfig,
+    side: str,
+    params: Params,
+    tokens: Array,
+    positions: Array,
+    mask: Mask,
+    types: Array | None,
+    key: Array | None,
+    encoded: Array | None = None,
+    cross_mask: Mask | None = None,
+    memory: Any = None,
+    cross_memory: Any = (),
+    keep_hidden: bool = False,
+    want_weights: bool = False,
+) -> tuple[Array, Any]:
     """Embedding, stack and last norm of one side."""
     modules = _modules(config)
     first, rest, last = (None, None, None) if key is None else jax.random.split(key, 3)
     x = modules["embed"].apply({"params": params["embed"]}, tokens, positions, types, first)
     bias = None
     if config.positions == "relative":
-        bias = modules[f"{side}/relative"].apply({"params": params[side]["relative"]}, mask.query_positions, mask.key_positions)
-    x, kept = _stack(config, modules[f"{side}/layers"].cross, params[side]["layers"], x, Seen(mask, bias, encoded, cross_mask),
-                     rest, memory, cross_memory, keep_hidden, want_weights)
+        bias = modules[f"{side}/relative"].apply(
+            {"params": params[side]["relative"]}, mask.query_positions, mask.key_positions
+        )
+    x, kept = _stack(
+        config,
+        modules[f"{side}/layers"].cross,
+        params[side]["layers"],
+        x,
+        Seen(mask, bias, encoded, cross_mask),
+        rest,
+        memory,
+        cross_memory,
+        keep_hidden,
+        want_weights,
+    )
     if config.norm_place == "pre":
         x = modules[f"{side}/norm"].apply({"params": params[side]["norm"]}, x)
         if config.architecture == "encoder-decoder":
-            x = dropout(x, config.dropout, last)  # as T5 does after its last norm; 'Attention is all you need' has none there
+            x = dropout(
+                x, config.dropout, last
+            )  # as T5 does after its last norm; 'Attention is all you need' has none there
     return x, kept
 
 
@@ -221,8 +281,14 @@ def _stream(batch: dict[str, Array], prefix: str = "") -> tuple[Array, Array, Ar
     return tokens, positions, jnp.ones_like(tokens) if segments is None else segments
 
 
-def encode(config: ModelConfig, params: Params, batch: dict[str, Array], key: Array | None = None, keep_hidden: bool = False,
-           want_weights: bool = False) -> tuple[Array, Array, Any]:
+def encode(
+    config: ModelConfig,
+    params: Params,
+    batch: dict[str, Array],
+    key: Array | None = None,
+    keep_hidden: bool = False,
+    want_weights: bool = False,
+) -> tuple[Array, Array, Any]:
     """The encoder's last hidden state (B, U, D), its segments (B, U) and what was asked to be kept."""
     if config.patch_size:
         tokens = batch["images"]
@@ -231,13 +297,32 @@ def encode(config: ModelConfig, params: Params, batch: dict[str, Array], key: Ar
     else:
         tokens, positions, segments = _stream(batch, "encoder_" if config.architecture == "encoder-decoder" else "")
     mask = Mask(segments, segments, positions, positions, causal=False)
-    x, kept = _run(config, "encoder", params, tokens, positions, mask, batch.get("types"), key, keep_hidden=keep_hidden,
-                   want_weights=want_weights)
+    x, kept = _run(
+        config,
+        "encoder",
+        params,
+        tokens,
+        positions,
+        mask,
+        batch.get("types"),
+        key,
+        keep_hidden=keep_hidden,
+        want_weights=want_weights,
+    )
     return x, segments, kept
 
 
-def apply(config: ModelConfig, params: Params, batch: dict[str, Array], *, key: Array | None = None, cache: Cache | None = None,
-          logits: bool = True, hidden_states: bool = False, attentions: bool = False) -> Outputs:
+def apply(
+    config: ModelConfig,
+    params: Params,
+    batch: dict[str, Array],
+    *,
+    key: Array | None = None,
+    cache: Cache | None = None,
+    logits: bool = True,
+    hidden_states: bool = False,
+    attentions: bool = False,
+) -> Outputs:
     """One forward pass.
 
     batch holds `tokens` (B, S), or `images`, and optionally `positions`, `segment_ids`, `types` (B, S) and `predict` (B, M), the positions
@@ -262,18 +347,44 @@ def apply(config: ModelConfig, params: Params, batch: dict[str, Array], *, key: 
         if cache is not None:
             cache = cache._replace(
                 positions=jax.lax.dynamic_update_slice_in_dim(cache.positions, positions, cache.offset, axis=1),
-                segments=jax.lax.dynamic_update_slice_in_dim(cache.segments, segments, cache.offset, axis=1))
+                segments=jax.lax.dynamic_update_slice_in_dim(cache.segments, segments, cache.offset, axis=1),
+            )
             memory = cache.memory
-            mask = Mask(segments, cache.segments, positions, cache.positions, causal=True, offset=cache.offset, aligned=False)
-        x, kept = _run(config, "decoder", params, tokens, positions, mask, batch.get("types"), keys[1], encoded, cross_mask,
-                       memory, cache.cross if cache is not None else (), hidden_states, attentions)
+            mask = Mask(
+                segments, cache.segments, positions, cache.positions, causal=True, offset=cache.offset, aligned=False
+            )
+        x, kept = _run(
+            config,
+            "decoder",
+            params,
+            tokens,
+            positions,
+            mask,
+            batch.get("types"),
+            keys[1],
+            encoded,
+            cross_mask,
+            memory,
+            cache.cross if cache is not None else (),
+            hidden_states,
+            attentions,
+        )
         if cache is not None:
             new_cache = cache._replace(memory=kept.memory, offset=cache.offset + tokens.shape[1])
     table = params["embed"].get("tokens")
-    out = cast(Any, Head(config).apply)({"params": params.get("head", {})}, x, table,
-                             {"segments": segments, "predict": batch.get("predict")}, logits, keys[2])
-    return out._replace(hidden_states=kept.hidden if hidden_states else None, attentions=kept.weights if attentions else None,
-                        cache=new_cache)
+    out = cast(Any, Head(config).apply)(
+        {"params": params.get("head", {})},
+        x,
+        table,
+        {"segments": segments, "predict": batch.get("predict")},
+        logits,
+        keys[2],
+    )
+    return out._replace(
+        hidden_states=kept.hidden if hidden_states else None,
+        attentions=kept.weights if attentions else None,
+        cache=new_cache,
+    )
 
 
 def empty_cache(config: ModelConfig, rows: int, slots: int) -> Cache:
@@ -281,7 +392,9 @@ def empty_cache(config: ModelConfig, rows: int, slots: int) -> Cache:
     shape = (rows, slots, config.kv_size, config.head_size)
     dtype = compute_dtype(config)
     memory = tuple((jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in range(config.decoder_depth))
-    return Cache(memory, jnp.zeros((rows, slots), jnp.int32), jnp.zeros((rows, slots), jnp.int32), jnp.zeros((), jnp.int32))
+    return Cache(
+        memory, jnp.zeros((rows, slots), jnp.int32), jnp.zeros((rows, slots), jnp.int32), jnp.zeros((), jnp.int32)
+    )
 
 
 def cross_cache(config: ModelConfig, params: Params, batch: dict[str, Array], cache: Cache) -> Cache:
@@ -290,5 +403,7 @@ def cross_cache(config: ModelConfig, params: Params, batch: dict[str, Array], ca
     stacked = params["decoder"]["layers"]
     each = stacked if isinstance(stacked, tuple) else unstack(stacked, config.decoder_depth)
     attention = Attention(config, cross=True)
-    cross = tuple(cast(Any, attention.apply)({"params": weights["cross"]}, encoded, method="keys_and_values") for weights in each)
+    cross = tuple(
+        cast(Any, attention.apply)({"params": weights["cross"]}, encoded, method="keys_and_values") for weights in each
+    )
     return cache._replace(cross=cross, cross_segments=segments)

@@ -30,8 +30,9 @@ class Task(Protocol):
     def extra_tokens(self, tokenizer: Tokenizer) -> int:
         """Ids above the tokenizer's own that the rows hold."""
 
-    def examples(self, record: dict[str, Any], tokenizer: Tokenizer, length: int, long: str,
-                 rng: np.random.Generator) -> Iterator[Example]:
+    def examples(
+        self, record: dict[str, Any], tokenizer: Tokenizer, length: int, long: str, rng: np.random.Generator
+    ) -> Iterator[Example]:
         """The examples of a record, none longer than a row, in the order of the text. `rng` is fresh each time a record is drawn.
 
         The record has `id`, `text` and, where there is one, `target`, whatever the source calls them.

@@ -34,7 +34,9 @@ class MaskedToken:
         fraction(self, "task", "rate", "mask", "random", "label_smoothing")
         positive(self, "task", "z_loss", least=0)
         if self.mask + self.random > 1:
-            raise ConfigError(f"task.mask {self.mask} and task.random {self.random} are shares of the same tokens: together at most 1")
+            raise ConfigError(
+                f"task.mask {self.mask} and task.random {self.random} are shares of the same tokens: together at most 1"
+            )
 
     def lengths(self, length: int) -> dict[str, int]:
         """A single stream."""
@@ -48,7 +50,9 @@ class MaskedToken:
         """M: positions of a row that may be predicted."""
         return max(1, math.ceil(self.rate * length))
 
-    def examples(self, record: dict[str, Any], tokenizer: Tokenizer, length: int, long: str, rng: np.random.Generator) -> Iterator[Example]:
+    def examples(
+        self, record: dict[str, Any], tokenizer: Tokenizer, length: int, long: str, rng: np.random.Generator
+    ) -> Iterator[Example]:
         """Windows of the text, each between the class and the separator token."""
         if tokenizer.cls is None or tokenizer.sep is None or tokenizer.mask is None:
             raise DataError("masked-token prediction needs a tokenizer with [CLS], [SEP] and [MASK]")
@@ -57,9 +61,15 @@ class MaskedToken:
         lost = len(ids) - sum(stop - start for start, stop in windows)
         for i, (start, stop) in enumerate(windows):
             piece = np.concatenate([[tokenizer.cls], ids[start:stop], [tokenizer.sep]]).astype(np.int32)
-            yield {"tokens": piece, "account": account(
-                tokens=stop - start, lost=lost if i == 0 else 0, truncated=float(lost > 0 and i == 0),
-                bytes=len(record["text"].encode()) * (stop - start) / len(ids))}
+            yield {
+                "tokens": piece,
+                "account": account(
+                    tokens=stop - start,
+                    lost=lost if i == 0 else 0,
+                    truncated=float(lost > 0 and i == 0),
+                    bytes=len(record["text"].encode()) * (stop - start) / len(ids),
+                ),
+            }
 
     def row(self, row: Example, tokenizer: Tokenizer, rng: np.random.Generator) -> Example:
         """Hide tokens of the row; `predict` (M,) names the positions, `targets` and `weights` (M,) what stood there."""
@@ -71,7 +81,9 @@ class MaskedToken:
         chosen = np.sort(rng.permutation(candidates)[:count])
         fate = rng.random(count)
         hidden = np.where(fate < self.mask, tokenizer.mask, tokens[chosen])
-        hidden = np.where((fate >= self.mask) & (fate < self.mask + self.random), rng.integers(0, tokenizer.vocab_size, count), hidden)
+        hidden = np.where(
+            (fate >= self.mask) & (fate < self.mask + self.random), rng.integers(0, tokenizer.vocab_size, count), hidden
+        )
         predict, targets, weights = np.zeros(slots, np.int32), np.zeros(slots, np.int32), np.zeros(slots, np.float32)
         predict[:count], targets[:count], weights[:count] = chosen, tokens[chosen], 1
         changed = tokens.copy()

@@ -39,7 +39,9 @@ class NextToken:
         """Ids above the tokenizer's own that the rows hold: none."""
         return 0
 
-    def examples(self, record: dict[str, Any], tokenizer: Tokenizer, length: int, long: str, rng: np.random.Generator) -> Iterator[Example]:
+    def examples(
+        self, record: dict[str, Any], tokenizer: Tokenizer, length: int, long: str, rng: np.random.Generator
+    ) -> Iterator[Example]:
         """Windows of at most `length` inputs; each token of the document is a target with a weight once.
 
         Raises:
@@ -54,13 +56,24 @@ class NextToken:
         kept = sum(stop - start for start, stop in windows)
         lost = len(inputs) - kept
         if self.overlap and len(windows) > 1:
-            windows = [windows[0], *((length + a, length + b) for a, b in split_long(inputs[length:], length - self.overlap, "split"))]
+            windows = [
+                windows[0],
+                *((length + a, length + b) for a, b in split_long(inputs[length:], length - self.overlap, "split")),
+            ]
         for i, (start, stop) in enumerate(windows):
             count, first = stop - start, max(0, start - self.overlap)
             weights = (np.arange(first, stop) >= start).astype(np.float32)
-            yield {"tokens": inputs[first:stop], "targets": targets[first:stop], "weights": weights,
-                   "account": account(tokens=count, lost=lost if i == 0 else 0, truncated=float(lost > 0 and i == 0),
-                                      bytes=text_bytes * count / len(inputs))}
+            yield {
+                "tokens": inputs[first:stop],
+                "targets": targets[first:stop],
+                "weights": weights,
+                "account": account(
+                    tokens=count,
+                    lost=lost if i == 0 else 0,
+                    truncated=float(lost > 0 and i == 0),
+                    bytes=text_bytes * count / len(inputs),
+                ),
+            }
 
     def row(self, row: Example, tokenizer: Tokenizer, rng: np.random.Generator) -> Example:
         """As it is."""
@@ -90,7 +103,12 @@ def vocabulary_loss(config: ModelConfig, label_smoothing: float, z_loss: float) 
     def loss(params: Any, batch: Any, key: Any, reference: Any) -> Loss:
         outputs = apply(config, params, batch, key=key if config.dropout else None, logits=False)
         training = key is not None
-        return cross_entropy(outputs, batch["targets"], batch["weights"], label_smoothing=label_smoothing if training else 0.0,
-                             z_loss=z_loss if training else 0.0)
+        return cross_entropy(
+            outputs,
+            batch["targets"],
+            batch["weights"],
+            label_smoothing=label_smoothing if training else 0.0,
+            z_loss=z_loss if training else 0.0,
+        )
 
     return loss

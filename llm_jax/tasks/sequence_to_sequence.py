@@ -39,7 +39,9 @@ class SequenceToSequence:
         """Ids above the tokenizer's own that the rows hold: none."""
         return 0
 
-    def examples(self, record: dict[str, Any], tokenizer: Tokenizer, length: int, long: str, rng: np.random.Generator) -> Iterator[Example]:
+    def examples(
+        self, record: dict[str, Any], tokenizer: Tokenizer, length: int, long: str, rng: np.random.Generator
+    ) -> Iterator[Example]:
         """The pair; one that is longer than its row is cut, dropped or refused, since half a sentence has no translation."""
         source = document(self.prefix + record["text"], tokenizer)[1:]
         symbols = document(record["target"], tokenizer)
@@ -50,12 +52,23 @@ class SequenceToSequence:
         if over and long == "drop":
             raise Dropped(f"{over} tokens over the row", len(source) + len(symbols) - 1)
         if over and long in ("error", "split"):
-            raise DataError(f"document {record['id']} has {len(source)} and {len(symbols) - 1} tokens, a row holds {room['encoder_tokens']} "
-                            f"and {room['tokens']}: set data.long to truncate or drop, or raise batch.length")
+            raise DataError(
+                f"document {record['id']} has {len(source)} and {len(symbols) - 1} tokens, a row holds {room['encoder_tokens']} "
+                f"and {room['tokens']}: set data.long to truncate or drop, or raise batch.length"
+            )
         source, inputs, targets = source[:length], symbols[:-1][: room["tokens"]], symbols[1:][: room["tokens"]]
-        yield {"encoder_tokens": source, "tokens": inputs, "targets": targets, "weights": np.ones(len(targets), np.float32),
-               "account": account(tokens=len(source) + len(targets), lost=over, truncated=float(over > 0),
-                                  bytes=len(record["target"].encode()) * len(targets) / (len(symbols) - 1))}
+        yield {
+            "encoder_tokens": source,
+            "tokens": inputs,
+            "targets": targets,
+            "weights": np.ones(len(targets), np.float32),
+            "account": account(
+                tokens=len(source) + len(targets),
+                lost=over,
+                truncated=float(over > 0),
+                bytes=len(record["target"].encode()) * len(targets) / (len(symbols) - 1),
+            ),
+        }
 
     def row(self, row: Example, tokenizer: Tokenizer, rng: np.random.Generator) -> Example:
         """As it is."""

@@ -63,11 +63,15 @@ class SpanCorruption:
             return np.arange(tokenizer.vocab_size, tokenizer.vocab_size + SENTINELS, dtype=np.int32)
         known = [tokenizer.id(f"<extra_id_{i}>") for i in range(SENTINELS)]
         if None in known:
-            raise DataError(f"the tokenizer has <extra_id_0>, but no <extra_id_{known.index(None)}>: span corruption needs all {SENTINELS} "
-                            "sentinels, or none")
+            raise DataError(
+                f"the tokenizer has <extra_id_0>, but no <extra_id_{known.index(None)}>: span corruption needs all {SENTINELS} "
+                "sentinels, or none"
+            )
         return np.array(known, np.int32)
 
-    def examples(self, record: dict[str, Any], tokenizer: Tokenizer, length: int, long: str, rng: np.random.Generator) -> Iterator[Example]:
+    def examples(
+        self, record: dict[str, Any], tokenizer: Tokenizer, length: int, long: str, rng: np.random.Generator
+    ) -> Iterator[Example]:
         """Windows of the text with fresh noise each time they are drawn."""
         ids = document(record["text"], tokenizer)[1:-1]
         windows = [(a, b) for a, b in split_long(ids, self.window(length), long, record["id"]) if b - a >= 2]
@@ -75,10 +79,18 @@ class SpanCorruption:
         for i, (start, stop) in enumerate(windows):
             source, target = self.corrupt(ids[start:stop], tokenizer, rng)
             begin = tokenizer.pad if tokenizer.pad is not None else target[-1]
-            yield {"encoder_tokens": source, "tokens": np.concatenate([[begin], target[:-1]]).astype(np.int32), "targets": target,
-                   "weights": np.ones(len(target), np.float32), "account": account(
-                       tokens=stop - start, lost=lost if i == 0 else 0, truncated=float(lost > 1 and i == 0),
-                       bytes=len(record["text"].encode()) * (stop - start) / len(ids))}
+            yield {
+                "encoder_tokens": source,
+                "tokens": np.concatenate([[begin], target[:-1]]).astype(np.int32),
+                "targets": target,
+                "weights": np.ones(len(target), np.float32),
+                "account": account(
+                    tokens=stop - start,
+                    lost=lost if i == 0 else 0,
+                    truncated=float(lost > 1 and i == 0),
+                    bytes=len(record["text"].encode()) * (stop - start) / len(ids),
+                ),
+            }
 
     def corrupt(self, ids: np.ndarray, tokenizer: Tokenizer, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
         """The text with a sentinel for each noise span, and the sentinels each followed by its span; both with an end token."""
@@ -87,8 +99,8 @@ class SpanCorruption:
         end = document("", tokenizer)[-1:]
         source, target, at = [], [], 0
         for sentinel, kept, hidden in zip(self.sentinels(tokenizer), clean, noisy):
-            source += [ids[at: at + kept], [sentinel]]
-            target += [[sentinel], ids[at + kept: at + kept + hidden]]
+            source += [ids[at : at + kept], [sentinel]]
+            target += [[sentinel], ids[at + kept : at + kept + hidden]]
             at += kept + hidden
         return np.concatenate([*source, end]).astype(np.int32), np.concatenate([*target, end]).astype(np.int32)
 

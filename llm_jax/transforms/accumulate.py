@@ -17,14 +17,18 @@ def accumulate(slices: int) -> Transform:
 
     def grad(inner: GradFn) -> GradFn:
         def summed(params, batch, key, reference):
-            parts = jax.tree.map(lambda x: jnp.moveaxis(x.reshape(x.shape[0] // slices, slices, *x.shape[1:]), 1, 0), batch)
+            parts = jax.tree.map(
+                lambda x: jnp.moveaxis(x.reshape(x.shape[0] // slices, slices, *x.shape[1:]), 1, 0), batch
+            )
             keys = None if key is None else jax.random.split(key, slices)
 
             def one(carry, part):
                 found = inner(params, part[0], part[1], reference)
                 return jax.tree.map(jnp.add, carry, found), None
 
-            shapes = jax.eval_shape(lambda part: inner(params, *part, reference), jax.tree.map(lambda x: x[0], (parts, keys)))
+            shapes = jax.eval_shape(
+                lambda part: inner(params, *part, reference), jax.tree.map(lambda x: x[0], (parts, keys))
+            )
             zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
             return jax.lax.scan(one, zeros, (parts, keys))[0]
 

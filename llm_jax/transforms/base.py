@@ -73,5 +73,7 @@ def chain(*transforms: Transform) -> Transform:
 
         return wrapped
 
-    label = ", ".join(transform.label for transform in transforms if transform.label != IDENTITY.label) or IDENTITY.label
+    label = (
+        ", ".join(transform.label for transform in transforms if transform.label != IDENTITY.label) or IDENTITY.label
+    )
     return Transform(config, params, wrap("loss"), wrap("grad"), wrap("update"), label)

@@ -31,15 +31,29 @@ def wordpiece() -> Tokenizer:
 
 @pytest.fixture(scope="session")
 def sentinels(bpe: Tokenizer) -> Tokenizer:
-    """Of the kind of T5: </s> and <pad>, no begin token, and sentinels <extra_id_0>, <extra_id_1>, ... from the end of the vocabulary."""
+    """Of the kind of T5: </s> and <pad>, no begin token, and sentinels <extra_id_0>, <extra_id_1>, ... from the end of
+    the vocabulary.
+    """
     definition, names = json.loads(bpe.definition), ["</s>", *(f"<extra_id_{i}>" for i in reversed(range(100)))]
     for i, name in enumerate(names):
-        definition["added_tokens"].append({"id": bpe.vocab_size + i, "content": name, "single_word": False, "lstrip": False, "rstrip": False,
-                                           "normalized": False, "special": True})
+        definition["added_tokens"].append(
+            {
+                "id": bpe.vocab_size + i,
+                "content": name,
+                "single_word": False,
+                "lstrip": False,
+                "rstrip": False,
+                "normalized": False,
+                "special": True,
+            }
+        )
     return Tokenizer(json.dumps(definition), json.dumps({"bos_token": None, "eos_token": "</s>", "pad_token": "<pad>"}))
 
 
 @pytest.fixture(scope="session")
 def endless(bpe: Tokenizer) -> Tokenizer:
     """A vocabulary without any special token."""
-    return Tokenizer(bpe.definition, json.dumps(dict.fromkeys((f"{role}_token" for role in ("bos", "eos", "pad", "unk", "mask", "cls", "sep")))))
+    return Tokenizer(
+        bpe.definition,
+        json.dumps(dict.fromkeys(f"{role}_token" for role in ("bos", "eos", "pad", "unk", "mask", "cls", "sep"))),
+    )

@@ -73,7 +73,10 @@ def test_a_row(wordpiece, seed, length, padding, rate):
     untouched = np.setdiff1d(np.arange(length), where)
     assert (after["tokens"][untouched] == before["tokens"][untouched]).all()
     assert (after["tokens"] < wordpiece.vocab_size).all() and (after["segment_ids"] == before["segment_ids"]).all()
-    assert after["tokens"].dtype == after["predict"].dtype == after["targets"].dtype == np.int32 and after["weights"].dtype == np.float32
+    assert (
+        after["tokens"].dtype == after["predict"].dtype == after["targets"].dtype == np.int32
+        and after["weights"].dtype == np.float32
+    )
 
 
 def test_the_choice_depends_on_the_generator_alone(wordpiece):
@@ -104,7 +107,7 @@ def test_all_random(wordpiece):
 def test_a_row_without_tokens_asks_for_nothing(wordpiece):
     for padding in (4, 8):  # special tokens alone, and padding alone
         row = make_row(wordpiece, length=8, padding=4)
-        row["segment_ids"][8 - padding:] = 0
+        row["segment_ids"][8 - padding :] = 0
         after = MaskedToken().row(dict(row), wordpiece, np.random.default_rng(0))
         assert not after["weights"].any() and (after["tokens"] == row["tokens"]).all()
 
@@ -114,7 +117,9 @@ def test_examples_are_windows_between_class_and_separator(wordpiece):
     ids = wordpiece.encode(text)
     found = list(MaskedToken().examples({"id": "a", "text": text}, wordpiece, 10, "split", np.random.default_rng(0)))
     assert len(found) == math.ceil(len(ids) / 8) > 1
-    assert all(e["tokens"][0] == wordpiece.cls and e["tokens"][-1] == wordpiece.sep and len(e["tokens"]) <= 10 for e in found)
+    assert all(
+        e["tokens"][0] == wordpiece.cls and e["tokens"][-1] == wordpiece.sep and len(e["tokens"]) <= 10 for e in found
+    )
     assert np.concatenate([e["tokens"][1:-1] for e in found]).tolist() == ids.tolist()
     counted = dict(zip(ACCOUNT, sum(e["account"] for e in found)))
     assert (counted["tokens"], counted["lost"], counted["bytes"]) == (len(ids), 0, pytest.approx(len(text)))
@@ -129,9 +134,15 @@ def test_bad_input(bpe):
         next(MaskedToken().examples({"id": "a", "text": "a"}, bpe, 10, "split", np.random.default_rng(0)))
     assert str(error.value) == "masked-token prediction needs a tokenizer with [CLS], [SEP] and [MASK]"
     for fields, message in (
-            (dict(rate=1.5), "task.rate is 1.5: it must lie in [0, 1]"), (dict(mask=-0.1), "task.mask is -0.1: it must lie in [0, 1]"),
-            (dict(random=2.0), "task.random is 2.0: it must lie in [0, 1]"), (dict(z_loss=-1.0), "task.z_loss is -1.0: it must be at least 0"),
-            (dict(mask=0.8, random=0.3), "task.mask 0.8 and task.random 0.3 are shares of the same tokens: together at most 1")):
+        (dict(rate=1.5), "task.rate is 1.5: it must lie in [0, 1]"),
+        (dict(mask=-0.1), "task.mask is -0.1: it must lie in [0, 1]"),
+        (dict(random=2.0), "task.random is 2.0: it must lie in [0, 1]"),
+        (dict(z_loss=-1.0), "task.z_loss is -1.0: it must be at least 0"),
+        (
+            dict(mask=0.8, random=0.3),
+            "task.mask 0.8 and task.random 0.3 are shares of the same tokens: together at most 1",
+        ),
+    ):
         with pytest.raises(ConfigError) as error:
             MaskedToken(**fields)
         assert str(error.value) == message

@@ -53,7 +53,10 @@ def test_truncate(bpe):
     sides = len(whole["encoder_tokens"]), len(whole["targets"])
     found = example(bpe, 5, "truncate", target_length=4)
     assert found["encoder_tokens"].tolist() == whole["encoder_tokens"][:5].tolist()
-    assert found["tokens"].tolist() == whole["tokens"][:4].tolist() and found["targets"].tolist() == whole["targets"][:4].tolist()
+    assert (
+        found["tokens"].tolist() == whole["tokens"][:4].tolist()
+        and found["targets"].tolist() == whole["targets"][:4].tolist()
+    )
     counted = dict(zip(ACCOUNT, found["account"]))
     assert (counted["tokens"], counted["lost"], counted["truncated"]) == (9, sum(sides) - 9, 1)
     assert counted["bytes"] == pytest.approx(len(RECORD["target"]) * 4 / sides[1])
@@ -75,8 +78,11 @@ def test_drop_and_error(bpe):
         for long in ("error", "split"):
             with pytest.raises(DataError) as error:
                 example(bpe, length, long, target_length=target_length)
-            assert str(error.value) == (f"document pairs.jsonl:3 has {sides[0]} and {sides[1]} tokens, a row holds {length} and {target_length}: "
-                                        "set data.long to truncate or drop, or raise batch.length")
+            assert str(error.value) == (
+                f"document pairs.jsonl:3 has {sides[0]} and {sides[1]} tokens, "
+                f"a row holds {length} and {target_length}: "
+                "set data.long to truncate or drop, or raise batch.length"
+            )
 
 
 def test_bad_values(endless):
@@ -89,9 +95,14 @@ def test_bad_values(endless):
 
 
 def test_pairs_in_rows(tmp_path, bpe):
-    """Through the pipeline: packed on both sides, under the names that the config gives the fields; a missing field is told."""
+    """Through the pipeline: packed on both sides, under the names that the config gives the fields; a missing field is
+    told.
+    """
     path = tmp_path / "pairs.jsonl"
-    path.write_text("".join(json.dumps({"english": f"ban bart {i}", "german": f"den dert {i}"}) + "\n" for i in range(20)), encoding="utf-8")
+    path.write_text(
+        "".join(json.dumps({"english": f"ban bart {i}", "german": f"den dert {i}"}) + "\n" for i in range(20)),
+        encoding="utf-8",
+    )
     data = Data(sources=(f"jsonl:{path}",), heldout=0.0, window=32, text="english", target="german", long="error")
     with Loader(open_sources(data), bpe, SequenceToSequence(target_length=32), data, Batch(2, 48), 0) as loader:
         batch = next(loader).batch
@@ -102,4 +113,6 @@ def test_pairs_in_rows(tmp_path, bpe):
     with pytest.raises(DataError) as error:
         with Loader(open_sources(data), bpe, SequenceToSequence(), data, Batch(2, 48), 0) as loader:
             next(loader)
-    assert str(error.value).endswith("no field 'germane'; did you mean 'german'? It has: english, german, id. Set data.target")
+    assert str(error.value).endswith(
+        "no field 'germane'; did you mean 'german'? It has: english, german, id. Set data.target"
+    )

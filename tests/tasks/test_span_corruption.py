@@ -1,4 +1,6 @@
-"""Span corruption: the source and the target together are the text, no window could be longer, and the noise is drawn evenly."""
+"""Span corruption: the source and the target together are the text, no window could be longer, and the noise is drawn
+evenly.
+"""
 
 import json
 from collections import Counter
@@ -80,7 +82,7 @@ def test_a_window_fills_the_row_and_no_longer_one_would_fit(task, length):
 
 
 def test_the_published_lengths():
-    """Rows of 512 with 15% noise in spans of 3 are windows of 568 tokens with targets of 114, as in T5's preprocessing."""
+    """Rows of 512, 15% noise in spans of 3: windows of 568 tokens, targets of 114, as in T5's preprocessing."""
     assert SpanCorruption().window(512) == 568
     assert SpanCorruption().lengths(512) == {"tokens": 114, "encoder_tokens": 512}
 
@@ -92,29 +94,48 @@ def test_examples(bpe):
     sentinels = {int(s): i for i, s in enumerate(task.sentinels(bpe))}
     assert sum((restored(e["encoder_tokens"], e["targets"], sentinels, bpe.eos)[0] for e in found), []) == ids.tolist()
     for e in found:
-        assert len(e["encoder_tokens"]) <= 24 and len(e["tokens"]) == len(e["targets"]) == len(e["weights"]) <= task.lengths(24)["tokens"]
+        assert (
+            len(e["encoder_tokens"]) <= 24
+            and len(e["tokens"]) == len(e["targets"]) == len(e["weights"]) <= task.lengths(24)["tokens"]
+        )
         assert e["tokens"].tolist() == [bpe.pad, *e["targets"][:-1]] and (e["weights"] == 1).all()
     counted = dict(zip(ACCOUNT, sum(e["account"] for e in found)))
     assert len(ids) % window != 1, "no token is left over"
-    assert (counted["tokens"], counted["lost"], counted["truncated"], counted["bytes"]) == (len(ids), 0, 0, pytest.approx(len(text)))
+    assert (counted["tokens"], counted["lost"], counted["truncated"], counted["bytes"]) == (
+        len(ids),
+        0,
+        0,
+        pytest.approx(len(text)),
+    )
 
 
 def test_a_last_token_alone_is_lost_and_counted(bpe):
     window = SpanCorruption().window(8)
-    text = next(t for t in ("ban " * n for n in range(2, 99)) if len(bpe.encode(t)) > window and len(bpe.encode(t)) % window == 1)
+    text = next(
+        t
+        for t in ("ban " * n for n in range(2, 99))
+        if len(bpe.encode(t)) > window and len(bpe.encode(t)) % window == 1
+    )
     found = list(SpanCorruption().examples({"id": "a", "text": text}, bpe, 8, "split", np.random.default_rng(0)))
     counted = dict(zip(ACCOUNT, sum(e["account"] for e in found)))
     assert (counted["tokens"], counted["lost"], counted["truncated"]) == (len(bpe.encode(text)) - 1, 1, 0)
 
 
 def test_policies_for_long_documents(bpe):
-    record, count, window = {"id": "a.txt", "text": "ban bart " * 30}, len(bpe.encode("ban bart " * 30)), SpanCorruption().window(16)
+    record, count, window = (
+        {"id": "a.txt", "text": "ban bart " * 30},
+        len(bpe.encode("ban bart " * 30)),
+        SpanCorruption().window(16),
+    )
     (first,) = SpanCorruption().examples(record, bpe, 16, "truncate", np.random.default_rng(0))
     counted = dict(zip(ACCOUNT, first["account"]))
     assert (counted["tokens"], counted["lost"], counted["truncated"]) == (window, count - window, 1)
     with pytest.raises(Dropped):
         list(SpanCorruption().examples(record, bpe, 16, "drop", np.random.default_rng(0)))
-    with pytest.raises(DataError, match=rf"^document a.txt has {count} tokens, a row holds {window}: set data.long to split, truncate or drop$"):
+    with pytest.raises(
+        DataError,
+        match=rf"^document a.txt has {count} tokens, a row holds {window}: set data.long to split, truncate or drop$",
+    ):
         list(SpanCorruption().examples(record, bpe, 16, "error", np.random.default_rng(0)))
 
 
@@ -150,8 +171,14 @@ def test_all_divisions_are_equally_likely():
 
 def test_sentinels(bpe, sentinels):
     task = SpanCorruption()
-    assert task.sentinels(bpe).tolist() == list(range(bpe.vocab_size, bpe.vocab_size + 100)) and task.extra_tokens(bpe) == 100
-    assert task.sentinels(sentinels).tolist() == [sentinels.id(f"<extra_id_{i}>") for i in range(100)] and task.extra_tokens(sentinels) == 0
+    assert (
+        task.sentinels(bpe).tolist() == list(range(bpe.vocab_size, bpe.vocab_size + 100))
+        and task.extra_tokens(bpe) == 100
+    )
+    assert (
+        task.sentinels(sentinels).tolist() == [sentinels.id(f"<extra_id_{i}>") for i in range(100)]
+        and task.extra_tokens(sentinels) == 0
+    )
     assert task.sentinels(sentinels)[0] == sentinels.vocab_size - 1, "as in T5 the first is the last of the vocabulary"
     source, target = task.corrupt(np.arange(2, 60, dtype=np.int32), sentinels, np.random.default_rng(0))
     assert source[-1] == target[-1] == sentinels.eos and target[0] == sentinels.vocab_size - 1
@@ -162,14 +189,20 @@ def test_a_tokenizer_with_too_few_sentinels(sentinels):
     definition["added_tokens"] = [t for t in definition["added_tokens"] if t["content"] != "<extra_id_57>"]
     with pytest.raises(DataError) as error:
         SpanCorruption().sentinels(Tokenizer(json.dumps(definition), sentinels.config))
-    assert str(error.value) == "the tokenizer has <extra_id_0>, but no <extra_id_57>: span corruption needs all 100 sentinels, or none"
+    assert (
+        str(error.value)
+        == "the tokenizer has <extra_id_0>, but no <extra_id_57>: span corruption needs all 100 sentinels, or none"
+    )
 
 
 def test_bad_values():
     for fields, message in (
-            (dict(rate=1.5), "task.rate is 1.5: it must lie in [0, 1]"), (dict(rate=1.0), "task.rate is 1: some of the text must be left to read"),
-            (dict(span=0.5), "task.span is 0.5: it must be at least 1"), (dict(z_loss=-1.0), "task.z_loss is -1.0: it must be at least 0"),
-            (dict(label_smoothing=-1.0), "task.label_smoothing is -1.0: it must lie in [0, 1]")):
+        (dict(rate=1.5), "task.rate is 1.5: it must lie in [0, 1]"),
+        (dict(rate=1.0), "task.rate is 1: some of the text must be left to read"),
+        (dict(span=0.5), "task.span is 0.5: it must be at least 1"),
+        (dict(z_loss=-1.0), "task.z_loss is -1.0: it must be at least 0"),
+        (dict(label_smoothing=-1.0), "task.label_smoothing is -1.0: it must lie in [0, 1]"),
+    ):
         with pytest.raises(ConfigError) as error:
             SpanCorruption(**fields)
         assert str(error.value) == message

@@ -24,16 +24,22 @@ MODELS = {
     SequenceToSequence: ModelConfig(**SIZE, architecture="encoder-decoder", positions="sinusoidal"),
     SpanCorruption: ModelConfig(**SIZE, architecture="encoder-decoder", positions="relative"),
 }
-CHANGED = [NextToken(label_smoothing=0.1, z_loss=1e-4), MaskedToken(rate=0.3, mask=0.5, random=0.25), SpanCorruption(rate=0.2, span=2.5),
-           SequenceToSequence(prefix="translate: ", target_length=7)]
+CHANGED = [
+    NextToken(label_smoothing=0.1, z_loss=1e-4, overlap=3),
+    MaskedToken(rate=0.3, mask=0.5, random=0.25),
+    SpanCorruption(rate=0.2, span=2.5),
+    SequenceToSequence(prefix="translate: ", target_length=7),
+]
 SMOOTHING, Z = 0.2, 0.03
 
 
 @functools.cache
 def params_of(kind):
     """Random weights, large enough that the model is sure of some tokens."""
-    return tree.map_with_name(lambda name, x: np.random.default_rng(zlib.crc32(name.encode())).standard_normal(x.shape).astype(np.float32),
-                              transformer.shapes(MODELS[kind]))
+    return tree.map_with_name(
+        lambda name, x: np.random.default_rng(zlib.crc32(name.encode())).standard_normal(x.shape).astype(np.float32),
+        transformer.shapes(MODELS[kind]),
+    )
 
 
 def batch_of(kind, seed=0):
@@ -49,8 +55,14 @@ def batch_of(kind, seed=0):
     if MODELS[kind].architecture == "encoder-decoder":
         batch |= {f"encoder_{name}": x for name, x in stream.items()}
         batch["encoder_tokens"] = rng.integers(0, 37, (rows, length)).astype(np.int32)
-    weights = rng.choice([0.0, 1.0, 2.5], (rows, asked)).astype(np.float32) * (1 if kind is MaskedToken else segments > 0)
-    return {**batch, "targets": rng.integers(0, 37, (rows, asked)).astype(np.int32), "weights": weights.astype(np.float32)}
+    weights = rng.choice([0.0, 1.0, 2.5], (rows, asked)).astype(np.float32) * (
+        1 if kind is MaskedToken else segments > 0
+    )
+    return {
+        **batch,
+        "targets": rng.integers(0, 37, (rows, asked)).astype(np.int32),
+        "weights": weights.astype(np.float32),
+    }
 
 
 def run(function, *arguments):
@@ -69,7 +81,9 @@ def reference(logits, batch):
 
 @pytest.mark.parametrize("kind", MODELS, ids=lambda kind: kind.__name__)
 def test_the_objective(kind):
-    """Without a key the cross-entropy; with one, in training, (1 - a) nll + a uniform + z (log Z)^2. The reported nll is that of evaluation."""
+    """Without a key the cross-entropy; with one, in training, (1 - a) nll + a uniform + z (log Z)^2. The reported nll
+    is that of evaluation.
+    """
     batch, loss = batch_of(kind), kind(label_smoothing=SMOOTHING, z_loss=Z).loss(MODELS[kind])
 
     def every(params, batch, key):
@@ -79,7 +93,9 @@ def test_the_objective(kind):
     logits, found = run(every, params_of(kind), batch, jax.random.key(1))
     nll, uniform, square, correct = reference(logits, batch)
     for one, expected in zip(found, (nll, (1 - SMOOTHING) * nll + SMOOTHING * uniform + Z * square)):
-        np.testing.assert_allclose([one.total, one.metrics["nll"], one.weight], [expected, nll, batch["weights"].sum()], rtol=2e-6)
+        np.testing.assert_allclose(
+            [one.total, one.metrics["nll"], one.weight], [expected, nll, batch["weights"].sum()], rtol=2e-6
+        )
         assert one.metrics["correct"] == pytest.approx(correct)
     assert abs(SMOOTHING * (uniform - nll)) > 1e-3 * nll < Z * square, "neither term is lost in the tolerance"
 
@@ -89,13 +105,26 @@ def test_dropout_in_training_only(kind):
     plain, dropped = (kind().loss(MODELS[kind].replace(dropout=rate)) for rate in (0.0, 0.4))
 
     def every(params, batch, keys):
-        cases = [(plain, None), (plain, keys[0]), (dropped, None), (dropped, keys[0]), (dropped, keys[1]), (dropped, keys[2])]
+        cases = [
+            (plain, None),
+            (plain, keys[0]),
+            (dropped, None),
+            (dropped, keys[0]),
+            (dropped, keys[1]),
+            (dropped, keys[2]),
+        ]
         return [function(params, batch, key, {}).total for function, key in cases]
 
     keys = [jax.random.key(seed) for seed in (1, 1, 2)]
-    without, keyed, evaluated, first, again, other = (float(x) for x in run(every, params_of(kind), batch_of(kind), keys))
+    without, keyed, evaluated, first, again, other = (
+        float(x) for x in run(every, params_of(kind), batch_of(kind), keys)
+    )
     assert without == pytest.approx(keyed, rel=1e-6) == pytest.approx(evaluated, rel=1e-6)
-    assert first == pytest.approx(again, rel=1e-6) and abs(first - other) > 1e-3 * first and abs(first - without) > 1e-3 * first
+    assert (
+        first == pytest.approx(again, rel=1e-6)
+        and abs(first - other) > 1e-3 * first
+        and abs(first - without) > 1e-3 * first
+    )
 
 
 def test_a_token_without_weight_has_no_gradient():
@@ -114,10 +143,14 @@ def test_to_the_card_and_back(task):
 
 def test_what_no_card_should_say():
     for plain, message in (
-            ({"kind": "NextTokn"}, "unknown task 'NextTokn'; did you mean 'NextToken'?"),
-            ({"kind": "NextToken", "rate": 0.1}, "task NextToken has no 'rate'"),
-            ({"kind": "NextToken", "z_loss": -1.0}, "task.z_loss is -1.0: it must be at least 0"),
-            ({"kind": "dataclasses"}, "unknown task 'dataclasses'; known: MaskedToken, NextToken, SequenceToSequence, SpanCorruption")):
+        ({"kind": "NextTokn"}, "unknown task 'NextTokn'; did you mean 'NextToken'?"),
+        ({"kind": "NextToken", "rate": 0.1}, "task NextToken has no 'rate'"),
+        ({"kind": "NextToken", "z_loss": -1.0}, "task.z_loss is -1.0: it must be at least 0"),
+        (
+            {"kind": "dataclasses"},
+            "unknown task 'dataclasses'; known: MaskedToken, NextToken, SequenceToSequence, SpanCorruption",
+        ),
+    ):
         with pytest.raises(ConfigError) as error:
             tasks.from_dict(plain)
         assert str(error.value) == message
@@ -126,7 +159,10 @@ def test_what_no_card_should_say():
 
 def test_every_task_is_listed():
     assert set(tasks.__all__) == {kind.__name__ for kind in MODELS}
-    assert all(dataclasses.is_dataclass(kind) and kind.__dataclass_params__.frozen and kind.__bases__ == (object,) for kind in MODELS)
+    assert all(
+        dataclasses.is_dataclass(kind) and kind.__dataclass_params__.frozen and kind.__bases__ == (object,)
+        for kind in MODELS
+    )
 
 
 @pytest.mark.parametrize("kind", MODELS, ids=lambda kind: kind.__name__)
@@ -134,10 +170,19 @@ def test_every_task_is_listed():
 def test_rows_of_the_pipeline(tmp_path, kind, pack, bpe, wordpiece):
     """What `lengths` promises holds for real rows, and no id is above those that the model is told of."""
     rng = np.random.default_rng(0)
-    lines = [json.dumps({"text": " ".join(rng.choice(["ban", "gort", "den", "x"], n)), "target": "den fin"}) for n in rng.integers(2, 60, 30)]
+    lines = [
+        json.dumps({"text": " ".join(rng.choice(["ban", "gort", "den", "x"], n)), "target": "den fin"})
+        for n in rng.integers(2, 60, 30)
+    ]
     (tmp_path / "a.jsonl").write_text("\n".join(lines), encoding="utf-8")
     tokenizer = wordpiece if kind is MaskedToken else bpe
-    data = config.Data(sources=(f"jsonl:{tmp_path}/a.jsonl",), heldout=0.0, pack=pack, window=32, long="truncate" if kind is SequenceToSequence else "split")
+    data = config.Data(
+        sources=(f"jsonl:{tmp_path}/a.jsonl",),
+        heldout=0.0,
+        pack=pack,
+        window=32,
+        long="truncate" if kind is SequenceToSequence else "split",
+    )
     task = kind()
     with Loader(open_sources(data), tokenizer, task, data, config.Batch(4, 32), 0) as loader:
         batches = [next(loader).batch for _ in range(5)]

@@ -31,7 +31,9 @@ class Problem(NamedTuple):
 
     def run(self, grad: GradFn) -> tuple[Loss, Any]:
         """A GradFn on the batch as in training, compiled fast rather than to be fast."""
-        return jax.jit(lambda *arguments: grad(*arguments, {}), compiler_options=FAST)(self.params, self.batch, jax.random.key(0))
+        return jax.jit(lambda *arguments: grad(*arguments, {}), compiler_options=FAST)(
+            self.params, self.batch, jax.random.key(0)
+        )
 
 
 @pytest.fixture(scope="session")
@@ -46,5 +48,7 @@ def problem() -> Problem:
     weights = (np.arange(12) < np.array([12, 1, 0, 7, 3, 12, 2, 0])[:, None]).astype(np.float32)
     batch = {"tokens": tokens[:, :-1], "targets": tokens[:, 1:], "weights": weights}
     loss = NextToken(z_loss=1e-3).loss(SIZES)
-    made = Problem(SIZES, tree.map_with_name(one, transformer.shapes(SIZES)), batch, loss, differentiate(loss), (None, None))  # type: ignore[arg-type]
+    made = Problem(
+        SIZES, tree.map_with_name(one, transformer.shapes(SIZES)), batch, loss, differentiate(loss), (None, None)
+    )
     return made._replace(whole=jax.device_get(made.run(made.grad)))

@@ -1,4 +1,6 @@
-"""Accumulation over slices is exact: the loss, the metrics and the gradient of the whole batch, however unequal its rows."""
+"""Accumulation over slices is exact: the loss, the metrics and the gradient of the whole batch, however unequal its
+rows.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -16,12 +18,18 @@ from llm_jax.transforms.freeze import freeze
 def means(found):
     """The objective, its metrics and its gradient: sums over tokens by their weight."""
     loss, gradient = found
-    return jax.tree.map(lambda x: np.asarray(x, np.float64) / float(loss.weight), ((loss.total, loss.metrics), gradient))
+    return jax.tree.map(
+        lambda x: np.asarray(x, np.float64) / float(loss.weight), ((loss.total, loss.metrics), gradient)
+    )
 
 
 def close(found, expected, tolerance=1e-6):
     assert jax.tree.structure(found) == jax.tree.structure(expected)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=tolerance * max(1.0, float(np.abs(b).max()))), found, expected)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=tolerance * max(1.0, float(np.abs(b).max()))),
+        found,
+        expected,
+    )
 
 
 @pytest.mark.parametrize("slices", [2, 8])
@@ -33,7 +41,14 @@ def test_the_sum_over_slices_is_the_whole(problem, slices):
 
 def test_a_mean_of_means_would_be_another_objective(problem):
     """The rows are so unequal that the tolerance above tells the two apart by far."""
-    rows = [problem.run(lambda params, batch, *rest, i=i: problem.grad(params, {name: x[i: i + 4] for name, x in batch.items()}, *rest)) for i in (0, 4)]
+    rows = [
+        problem.run(
+            lambda params, batch, *rest, i=i: problem.grad(
+                params, {name: x[i : i + 4] for name, x in batch.items()}, *rest
+            )
+        )
+        for i in (0, 4)
+    ]
     losses = [float(loss.total / loss.weight) for loss, _ in rows]
     assert abs(np.mean(losses) - float(problem.whole[0].total / problem.whole[0].weight)) > 1e-3
 
@@ -42,7 +57,11 @@ def test_with_a_frozen_part(problem):
     change = chain(accumulate(4), freeze(["embed/.*", ".*/mlp/.*"]))
     found = problem.run(change.grad(problem.grad))
     (loss, gradient), (whole_loss, whole) = means(found), means(problem.whole)
-    assert gradient["embed"]["tokens"] is None and gradient["decoder"]["layers"]["mlp"] == {"down": None, "gate": None, "up": None}
+    assert gradient["embed"]["tokens"] is None and gradient["decoder"]["layers"]["mlp"] == {
+        "down": None,
+        "gate": None,
+        "up": None,
+    }
     close(loss, whole_loss)
     close(gradient["head"], whole["head"])
     close(gradient["decoder"]["layers"]["attention"], whole["decoder"]["layers"]["attention"])
@@ -68,6 +87,7 @@ def test_on_8_devices(problem, mesh, axes):
 
 def test_slices_interleave_rows():
     """Rows i, i + n, ...: a slice of contiguous rows would lie on a part of the devices."""
+
     def grad(params, batch, key, reference):
         return Loss(jnp.max(batch["x"]), jnp.float32(len(batch["x"])), {"least": jnp.min(batch["x"])}), params
 
@@ -99,6 +119,7 @@ def test_one_slice_is_the_identity():
 
 def test_memory_is_that_of_a_slice(problem):
     """What the backward pass keeps shrinks with the slices."""
+
     def kept(slices):
         grad = accumulate(slices).grad(problem.grad)
         batch = {name: np.tile(x, (8, 1)) for name, x in problem.batch.items()}

@@ -21,7 +21,11 @@ def named(name: str) -> Transform:
     return Transform(
         config=lambda sizes: sizes.replace(vocab_size=sizes.vocab_size * 10 + len(name)),
         params=lambda sizes, params, key, aux: [*params, (name, sizes.vocab_size, key, aux)],
-        loss=wrap, grad=wrap, update=wrap, label=name)  # type: ignore[arg-type]
+        loss=wrap,
+        grad=wrap,
+        update=wrap,
+        label=name,
+    )
 
 
 A, B, C = (named(name) for name in ("a", "bb", "ccc"))
@@ -30,22 +34,41 @@ A, B, C = (named(name) for name in ("a", "bb", "ccc"))
 def effect(change: Transform) -> tuple[Any, ...]:
     """All five functions of a transform on something simple, and its label."""
     plain = lambda *arguments: ",".join(map(str, arguments))  # noqa: E731
-    return (change.config(SIZES).vocab_size, change.params(SIZES, [], "key", "aux"), change.loss(plain)("p", "b"), change.grad(plain)("p", "b"),
-            change.update(plain)("p"), change.label)  # type: ignore[arg-type, call-arg]
+    return (
+        change.config(SIZES).vocab_size,
+        change.params(SIZES, [], "key", "aux"),
+        change.loss(plain)("p", "b"),
+        change.grad(plain)("p", "b"),
+        change.update(plain)("p"),
+        change.label,
+    )
 
 
 def test_members_apply_in_turn():
     first = SIZES.vocab_size * 10 + 1
     assert effect(chain(A, B)) == (
-        first * 10 + 2, [("a", SIZES.vocab_size, "key", "aux"), ("bb", first, "key", "aux")], "bb(a(p,b))", "bb(a(p,b))", "bb(a(p))", "a, bb")
+        first * 10 + 2,
+        [("a", SIZES.vocab_size, "key", "aux"), ("bb", first, "key", "aux")],
+        "bb(a(p,b))",
+        "bb(a(p,b))",
+        "bb(a(p))",
+        "a, bb",
+    )
     assert effect(chain(A, B)) != effect(chain(B, A))
 
 
 def test_chain_is_associative():
-    assert effect(chain(A, B, C)) == effect(chain(chain(A, B), C)) == effect(chain(A, chain(B, C))) == effect(chain(chain(A), chain(B), chain(C)))
+    assert (
+        effect(chain(A, B, C))
+        == effect(chain(chain(A, B), C))
+        == effect(chain(A, chain(B, C)))
+        == effect(chain(chain(A), chain(B), chain(C)))
+    )
 
 
-@pytest.mark.parametrize("change", [chain(A, IDENTITY), chain(IDENTITY, A), chain(A), chain(chain(), A, chain(IDENTITY, IDENTITY))])
+@pytest.mark.parametrize(
+    "change", [chain(A, IDENTITY), chain(IDENTITY, A), chain(A), chain(chain(), A, chain(IDENTITY, IDENTITY))]
+)
 def test_the_identity_is_neutral(change):
     assert effect(change) == effect(A)
 
@@ -54,13 +77,15 @@ def test_the_identity_does_nothing():
     for change in (IDENTITY, chain(), Transform()):
         marker = object()
         params, rule = {"a": marker}, optax.sgd(0.1)
-        assert change.config(SIZES) is SIZES and change.params(SIZES, params, None, None) is params  # type: ignore[arg-type]
-        assert change.loss(marker) is marker and change.grad(marker) is marker and change.update(rule) is rule  # type: ignore[arg-type]
+        assert change.config(SIZES) is SIZES and change.params(SIZES, params, None, None) is params
+        assert change.loss(marker) is marker and change.grad(marker) is marker and change.update(rule) is rule
 
 
 def test_params_is_jitted_with_a_static_config():
-    """As `llm_jax.transform` calls it: the config is hashable, and each member sees the one that those before it made."""
-    widen = Transform(config=lambda sizes: sizes.replace(dim=sizes.dim * 2),
-                      params=lambda sizes, params, key, aux: {"x": params["x"] * sizes.dim + aux})
+    """As `llm_jax.transform` calls it: the config is hashable, each member sees the one that those before it made."""
+    widen = Transform(
+        config=lambda sizes: sizes.replace(dim=sizes.dim * 2),
+        params=lambda sizes, params, key, aux: {"x": params["x"] * sizes.dim + aux},
+    )
     made = jax.jit(chain(widen, widen).params, static_argnums=0)(SIZES, {"x": 1.0}, jax.random.key(0), 1.0)
     assert float(made["x"]) == (1 * 8 + 1) * 16 + 1

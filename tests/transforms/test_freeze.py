@@ -17,7 +17,9 @@ FROZEN = ["embed/.*", "decoder/layers/mlp.*", "head/kernel"]
 
 def optimizer_of(problem, change=IDENTITY, **chosen):
     shapes, axes = transformer.shapes(problem.config), transformer.axes(problem.config)
-    return change.update(optim.make_optimizer(Optimizer(**chosen), optim.make_schedule(Schedule(name="constant"), 10), shapes, axes))
+    return change.update(
+        optim.make_optimizer(Optimizer(**chosen), optim.make_schedule(Schedule(name="constant"), 10), shapes, axes)
+    )
 
 
 def is_frozen(name):
@@ -35,14 +37,20 @@ def test_the_gradient_of_the_rest_is_what_it_was(problem):
 
 
 def test_two_steps(problem):
-    """Bits kept, no moments, and nothing but the trained params decays, is scaled or counts in the norm that is clipped."""
+    """Bits kept, no moments, and nothing but the trained params decays, is scaled or counts in the norm that is
+    clipped.
+    """
     change = freeze(FROZEN)
-    optimizer = optimizer_of(problem, change, name="adamw", learning_rate=0.1, weight_decay=0.5, clip=0.1, multipliers=((".*", 0.5),))
+    optimizer = optimizer_of(
+        problem, change, name="adamw", learning_rate=0.1, weight_decay=0.5, clip=0.1, multipliers=((".*", 0.5),)
+    )
     state = init_state(problem.params, optimizer, jax.random.key(0))
     moments = [name for name in tree.names(state.opt_state) if "/mu/" in name or "/nu/" in name]
     trained = {name for name in tree.names(problem.params) if not is_frozen(name)}
     assert {name.split("mu/")[-1].split("nu/")[-1] for name in moments} == trained and len(moments) == 2 * len(trained)
-    trained_size = sum(x.size for name, x in zip(tree.names(problem.params), jax.tree.leaves(problem.params)) if name in trained)
+    trained_size = sum(
+        x.size for name, x in zip(tree.names(problem.params), jax.tree.leaves(problem.params)) if name in trained
+    )
     assert tree.size(state.opt_state) - 2 * trained_size < 10, "counters apart"
 
     step = jax.jit(make_step(problem.loss, change.grad(problem.grad), optimizer))
@@ -50,16 +58,30 @@ def test_two_steps(problem):
         state, metrics = step(state, problem.batch)
     whole = problem.whole[1]
     weight = float(problem.whole[0].weight)
-    norm = np.sqrt(sum((np.asarray(x, np.float64) ** 2).sum() for name, x in zip(tree.names(whole), jax.tree.leaves(whole)) if name in trained)) / weight
+    norm = (
+        np.sqrt(
+            sum(
+                (np.asarray(x, np.float64) ** 2).sum()
+                for name, x in zip(tree.names(whole), jax.tree.leaves(whole))
+                if name in trained
+            )
+        )
+        / weight
+    )
     first = make_step(problem.loss, change.grad(problem.grad), optimizer)
     _, metrics = jax.jit(first)(init_state(problem.params, optimizer, jax.random.key(0)), problem.batch)
     assert float(metrics["grad_norm"]) == pytest.approx(norm, rel=1e-5)
-    for name, new, old in zip(tree.names(problem.params), jax.tree.leaves(state.params), jax.tree.leaves(problem.params)):
+    for name, new, old in zip(
+        tree.names(problem.params), jax.tree.leaves(state.params), jax.tree.leaves(problem.params)
+    ):
         assert (np.asarray(new) == old).all() == is_frozen(name), name
 
 
 def test_it_costs_no_gradient(problem):
-    """With the last norm alone trained, the backward pass stops at the head: the work is little more than that of a forward pass."""
+    """With the last norm alone trained, the backward pass stops at the head: the work is little more than that of a
+    forward pass.
+    """
+
     def work(function):
         return jax.jit(function).lower(problem.params, problem.batch).compile().cost_analysis()["flops"]
 
@@ -88,15 +110,20 @@ def test_nothing_frozen_is_the_identity():
     assert freeze([]) is IDENTITY and freeze(()) is IDENTITY
 
 
-@pytest.mark.parametrize("regexes, message", [
-    (["embed/token"], "optimizer.freeze 'embed/token' matches no parameter; did you mean 'embed/tokens'?"),
-    (["embed/.*", "decodr/.*"], "optimizer.freeze 'decodr/.*' matches no parameter"),
-    ([".*"], "optimizer.freeze leaves no parameter to train"),
-    (["embed/.*", "decoder/.*", "head/.*"], "optimizer.freeze leaves no parameter to train"),
-])
+@pytest.mark.parametrize(
+    "regexes, message",
+    [
+        (["embed/token"], "optimizer.freeze 'embed/token' matches no parameter; did you mean 'embed/tokens'?"),
+        (["embed/.*", "decodr/.*"], "optimizer.freeze 'decodr/.*' matches no parameter"),
+        ([".*"], "optimizer.freeze leaves no parameter to train"),
+        (["embed/.*", "decoder/.*", "head/.*"], "optimizer.freeze leaves no parameter to train"),
+    ],
+)
 def test_what_is_refused(problem, regexes, message):
-    for function in (lambda: freeze(regexes).grad(problem.grad)(problem.params, problem.batch, None, {}),
-                     lambda: optimizer_of(problem, freeze(regexes), name="sgd").init(problem.params)):
+    for function in (
+        lambda: freeze(regexes).grad(problem.grad)(problem.params, problem.batch, None, {}),
+        lambda: optimizer_of(problem, freeze(regexes), name="sgd").init(problem.params),
+    ):
         with pytest.raises(ConfigError) as error:
             function()
         assert str(error.value).startswith(message)

@@ -38,8 +38,14 @@ def test_the_recurrence():
     for state, bare in zip(averaged, plain):
         jax.tree.map(np.testing.assert_array_equal, state.params, bare.params)  # training is not touched
         if state is not averaged[0]:
-            expected = jax.tree.map(lambda a, p: DECAY * a + (1 - DECAY) * np.asarray(p, np.float64), expected, state.params)
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), optim.eval_params(state.opt_state, state.params), expected)
+            expected = jax.tree.map(
+                lambda a, p: DECAY * a + (1 - DECAY) * np.asarray(p, np.float64), expected, state.params
+            )
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6),
+            optim.eval_params(state.opt_state, state.params),
+            expected,
+        )
     assert not np.allclose(expected["a"], averaged[-1].params["a"], atol=0.05)
 
 
@@ -50,7 +56,9 @@ def test_with_a_frozen_part():
     assert isinstance(kept, MovingAverageState) and kept.average["b"] is None
     found = optim.eval_params(kept, states[-1].params)
     np.testing.assert_array_equal(found["b"], START["b"])
-    np.testing.assert_array_equal(found["a"], optim.eval_params(run(moving_average(DECAY), (5, -1))[-1].opt_state, START)["a"])
+    np.testing.assert_array_equal(
+        found["a"], optim.eval_params(run(moving_average(DECAY), (5, -1))[-1].opt_state, START)["a"]
+    )
 
 
 def test_a_skipped_update_does_not_enter():
@@ -63,11 +71,17 @@ def test_a_skipped_update_does_not_enter():
 def test_it_averages_what_the_outer_rules_leave():
     """The last of a chain is outermost: an average put after a change of the update sees the changed one."""
     halved = IDENTITY._replace(update=lambda inner: optax.chain(inner, optax.scale(0.5)))
-    after, before = (run(change, (5,))[-1] for change in (chain(halved, moving_average(DECAY)), chain(moving_average(DECAY), halved)))
+    after, before = (
+        run(change, (5,))[-1] for change in (chain(halved, moving_average(DECAY)), chain(moving_average(DECAY), halved))
+    )
     np.testing.assert_array_equal(after.params["a"], before.params["a"])
     moved = np.asarray(after.params["a"]) - START["a"]
-    np.testing.assert_allclose(optim.eval_params(after.opt_state, after.params)["a"], START["a"] + (1 - DECAY) * moved, rtol=1e-6)
-    np.testing.assert_allclose(optim.eval_params(before.opt_state, before.params)["a"], START["a"] + (1 - DECAY) * 2 * moved, rtol=1e-6)
+    np.testing.assert_allclose(
+        optim.eval_params(after.opt_state, after.params)["a"], START["a"] + (1 - DECAY) * moved, rtol=1e-6
+    )
+    np.testing.assert_allclose(
+        optim.eval_params(before.opt_state, before.params)["a"], START["a"] + (1 - DECAY) * 2 * moved, rtol=1e-6
+    )
 
 
 def test_extra_arguments_reach_the_rule_below():
