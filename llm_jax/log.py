@@ -28,7 +28,11 @@ class Metrics:
             keep_until(path, start)
         self._file = path.open("a", encoding="utf-8")
         self._board = _summary_writer()(
-            str(Path(folder) / "tensorboard"), purge_step=start + 1, flush_secs=30, write_to_disk=not silent
+            str(Path(folder) / "tensorboard"),
+            purge_step=start + 1,
+            flush_secs=30,
+            filename_suffix=f".{start}",
+            write_to_disk=not silent,
         )
         self._lines = not silent and not sys.stderr.isatty()
         self._console = Console(stderr=True, quiet=silent)
@@ -47,12 +51,13 @@ class Metrics:
         self._bar.start()
 
     def write(self, step: int, values: dict[str, Any]) -> None:
-        """One object a step, in metrics.jsonl (null for what is not finite) and on the board."""
+        """One object a step, in metrics.jsonl and on the board; what is not finite is null in the one and left out on the other."""
         plain = {name: None if isinstance(x, float) and not math.isfinite(x) else x for name, x in values.items()}
         self._file.write(json.dumps({"step": step, **plain}) + "\n")
         self._file.flush()
-        for name, value in values.items():
-            self._board.add_scalar(name, value, step)
+        for name, value in plain.items():
+            if value is not None:
+                self._board.add_scalar(name, value, step)
 
     def show(self, step: int, values: dict[str, Any]) -> None:
         """Move the bar; without a terminal a line now and then."""

@@ -210,6 +210,9 @@ def damage(kind: str, path: Path) -> None:
         data.write_bytes(b"")
     elif kind == "flipped byte in the arrays":
         flip(data)
+    elif kind == "weights of another":
+        shutil.rmtree(path / "params")
+        shutil.copytree(path.with_name("1") / "params", path / "params")
     elif kind.startswith("missing "):
         target = path / kind.removeprefix("missing ")
         shutil.rmtree(target) if target.is_dir() else target.unlink()
@@ -223,7 +226,7 @@ def flip(path: Path) -> None:
     path.write_bytes(content)
 
 
-DAMAGES = ["empty folder", "truncated array", "empty array", "flipped byte in the arrays", "missing params", "missing state", "missing about",
+DAMAGES = ["empty folder", "truncated array", "empty array", "flipped byte in the arrays", "weights of another", "missing params", "missing state", "missing about",
            "missing about/card.json", "missing about/arrays.json", "missing about/data.json", "missing about/tokenizer.json", "missing about/SHA256SUMS",
            "missing params/_METADATA", "missing params/manifest.ocdbt", "missing params/d", "flipped byte in about/card.json",
            "flipped byte in about/data.json", "flipped byte in about/tokenizer.json", "flipped byte in about/SHA256SUMS",

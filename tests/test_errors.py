@@ -1,7 +1,7 @@
 """What a user can get wrong: one family of exceptions, and the nearest name in their messages."""
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llm_jax import errors
@@ -18,6 +18,7 @@ def test_each_is_a_user_error_of_its_own(kind):
     ] == [kind]
 
 
+@settings(deadline=None)
 @given(st.sampled_from(NAMES), st.data())
 def test_a_slip_of_one_letter_is_told(name, data):
     at = data.draw(st.integers(0, len(name) - 1))

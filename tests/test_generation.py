@@ -12,6 +12,7 @@ from llm_jax.generation import Sampling, choose_token, filter_logits
 from llm_jax.models import presets, transformer
 
 SMALL = dict(vocab_size=320, max_length=64, layers=2, dim=32, heads=4, mlp_dim=48, dropout=0.0)
+init = jax.jit(transformer.init, static_argnums=0, compiler_options={"xla_backend_optimization_level": 0})  # quick to compile
 PROMPTS = ["to be or not", "the", "a rose by any other name would smell"]
 
 
@@ -24,13 +25,13 @@ def words():
 def model(request):
     changes = dict(SMALL, kv_heads=2) if request.param == "llama" else dict(SMALL, head_dim=8) if request.param == "t5" else SMALL
     config = getattr(presets, request.param)(**changes)
-    return config, transformer.init(config, jax.random.key(1))
+    return config, init(config, jax.random.key(1))
 
 
 @pytest.fixture(scope="module")
 def decoder():
     config = presets.llama(**SMALL)
-    return config, transformer.init(config, jax.random.key(2))
+    return config, init(config, jax.random.key(2))
 
 
 def greedy(config, params, tokenizer, prompt, count):
@@ -175,3 +176,79 @@ def test_ids_that_the_tokenizer_does_not_know_are_never_made(decoder, words):
 def test_refused(change, prompts, options, message, words):
     with pytest.raises(UserError, match=message):
         generation.generate(change, {}, words, prompts, **options)
+
+
+@pytest.fixture(scope="module")
+def letters():
+    """A tokenizer whose tokens are bytes, so that other characters than ASCII take several."""
+    return load_tokenizer("bpe:258", ["a b"])
+
+
+@pytest.fixture
+def scripted(monkeypatch, decoder):
+    """`scripted(rows)`: a model that says these tokens, whatever it is asked, eight at a time."""
+    config, params = decoder
+
+    def script(rows):
+        made = np.array(rows, np.int32).T
+        done = jnp.zeros(made.shape[1], bool)
+        going = generation._Going((), None, None, None, done, jnp.int32(0))
+
+        def decode(config, params, going, sampling, key, count, known, end):
+            at = int(going.step)
+            return going._replace(step=going.step + count), made[at: at + count]
+
+        monkeypatch.setattr(generation, "_prefill", lambda *arguments: going)
+        monkeypatch.setattr(generation, "_decode", decode)
+        return config, params
+
+    return script
+
+
+def pieces(config, params, tokenizer, rows, **options):
+    """The texts, and the pieces they were streamed in, for each row."""
+    said = [[] for _ in rows]
+    texts = generation.generate(config, params, tokenizer, ["a"] * len(rows), max_new_tokens=len(rows[0]),
+                                on_text=lambda row, more: said[row].append(more), **options)
+    return texts, said
+
+
+def test_a_character_of_several_tokens_is_shown_whole(scripted, letters):
+    """Streamed four tokens at a time: each cut falls inside a character."""
+    text = "é€𝄞é€𝄞ab"
+    ids = letters.encode(text).tolist()
+    assert len(ids) == len(text.encode())
+    texts, said = pieces(*scripted([ids, ids[::-1]]), letters, [ids, ids[::-1]])
+    assert texts[0] == text == "".join(said[0])
+    assert len(said[0]) > 2 and not any("\ufffd" in piece for piece in said[0])
+    assert "\ufffd" in texts[1] and "".join(said[1]) == texts[1]  # bytes that never become a character are shown in the end
+
+
+def test_a_stop_string_over_the_border_of_tokens_is_never_shown(scripted, letters):
+    texts = ["one END two", "one EN two ", "END one two"]
+    rows = [letters.encode(text).tolist() for text in texts]
+    found, said = pieces(*scripted(rows), letters, rows, stop=["END", "zzz"])
+    assert found == ["one ", "one EN two ", ""]
+    assert ["".join(each) for each in said] == found and said[2] == []
+
+
+def test_the_end_token_ends_a_row_alone(scripted, letters):
+    end = letters.eos
+    rows = [[*letters.encode("abc"), end, *letters.encode("de")], letters.encode("abcdef").tolist()]
+    assert pieces(*scripted(rows), letters, rows)[0] == ["abc", "abcdef"]
+
+
+def test_text_begins_as_in_training(decoder):
+    """By the class token where there is no begin token, as a document of `NextToken` does."""
+    from llm_jax.tasks.next_token import document
+
+    for spec in ("wordpiece:60", "bpe:258"):
+        tokenizer = load_tokenizer(spec, ["the cat sat on the mat"] * 5)
+        batch = generation._prompts(decoder[0], tokenizer, ["the cat"], -1)
+        assert batch["tokens"][0, : batch["lengths"][0]].tolist() == document("the cat", tokenizer)[:-1].tolist()
+
+
+def test_a_source_longer_than_its_positions_is_refused(words):
+    config = presets.marian(**{**SMALL, "positions": "learned", "max_length": 8})
+    with pytest.raises(UserError, match="positions, the model has 8"):
+        generation.generate(config, {}, words, ["to be or not to be or not"], max_new_tokens=2)

@@ -4,7 +4,7 @@ lost unsaid.
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llm_jax.data.pieces import ACCOUNT, Dropped
@@ -24,6 +24,7 @@ def total(found):
     return dict(zip(ACCOUNT, sum(example["account"] for example in found)))
 
 
+@settings(deadline=None)
 @given(text=st.text(max_size=80), length=st.integers(1, 40))
 def test_each_token_is_a_target_exactly_once(bpe, text, length):
     symbols = [bpe.eos, *bpe.encode(text), bpe.eos]
@@ -38,6 +39,7 @@ def test_each_token_is_a_target_exactly_once(bpe, text, length):
     assert (counted["tokens"], counted["lost"], counted["truncated"]) == (len(symbols) - 1, 0, 0)
 
 
+@settings(deadline=None)
 @given(text=st.text(max_size=80), length=st.integers(2, 40), data=st.data())
 def test_an_overlap_gives_context_and_no_second_target(bpe, text, length, data):
     """Each token still has a weight once; every window but the first begins with the last `overlap` tokens before it,

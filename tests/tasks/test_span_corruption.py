@@ -7,7 +7,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llm_jax.data.pieces import ACCOUNT, Dropped
@@ -45,6 +45,7 @@ def restored(source, target, sentinels, end):
     return text, [hidden[number] for number in range(len(hidden) - 1)]
 
 
+@settings(deadline=None)
 @given(task=TASKS, count=st.integers(2, 700), seed=st.integers(0, 10**6))
 def test_the_text_can_be_put_together_again(bpe, task, count, seed):
     ids = np.random.default_rng(seed).integers(2, bpe.vocab_size, count).astype(np.int32)
@@ -58,6 +59,7 @@ def test_the_text_can_be_put_together_again(bpe, task, count, seed):
     assert source.dtype == target.dtype == np.int32
 
 
+@settings(deadline=None)
 @given(task=TASKS, count=st.integers(2, 5000))
 def test_noise_and_spans(task, count):
     """The rate and the mean length of the config, where the text is long enough for them and the sentinels reach."""
@@ -69,6 +71,7 @@ def test_noise_and_spans(task, count):
         assert abs(spans - noise / task.span) <= 0.5
 
 
+@settings(deadline=None)
 @given(task=TASKS, length=st.integers(3, 300))
 def test_a_window_fills_the_row_and_no_longer_one_would_fit(task, length):
     def size(count):
@@ -155,6 +158,7 @@ def test_the_noise_depends_on_the_generator_alone(bpe):
     assert drawn(1) == drawn(1) != drawn(2)
 
 
+@settings(deadline=None)
 @given(total=st.integers(1, 60), data=st.data())
 def test_parts_are_positive_and_add_up(total, data):
     count = data.draw(st.integers(1, total))
