@@ -25,7 +25,7 @@ from llm_jax.data.tokenizer import Tokenizer, load_tokenizer
 
 COMPARED = ("step", "loss", "grad_norm", "samples", "eval/loss")
 
-CONFIG = '''
+CONFIG = """
 from llm_jax.config import Batch, Checkpoint, Data, Eval, Optimizer, Run, Schedule
 from llm_jax.models.config import ModelConfig
 from llm_jax.tasks import NextToken
@@ -37,15 +37,19 @@ def get_config():
         data=Data(sources={sources!r}, weights=(2.0, 1.0), tokenizer={tokenizer!r}, heldout=0.02, window=64),
         optimizer=Optimizer(name="adamw", moving_average=0.9), schedule=Schedule(warmup=5), steps={steps},
         batch=Batch(size=4, length=64, accumulate=2), checkpoint=Checkpoint(every=7, keep=3), eval=Eval(every=40, batches=4))
-'''
+"""
 
 
 def start(config: Path, folder: Path) -> subprocess.Popen[str]:
     """The run as a user starts it."""
     root = Path(__file__).parents[1]
-    return subprocess.Popen([sys.executable, str(root / "train.py"), f"--config={config}", f"--config.workdir={folder}"],
-                            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-                            env={**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(root)})
+    return subprocess.Popen(
+        [sys.executable, str(root / "train.py"), f"--config={config}", f"--config.workdir={folder}"],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(root)},
+    )
 
 
 def finish(config: Path, folder: Path) -> None:
@@ -114,8 +118,13 @@ def measure(sources: tuple[str, ...], tokenizer: Tokenizer, kills: int, steps: i
         finish(config, root / "killed")
         same = compared(root / "whole") == compared(root / "killed")
     print(f"{training:.0f} s of steps, {startup:.1f} s to the first; what the kills met, at the step: {met}")
-    return {"name": "SIGKILLs after which losses, samples and weights equal the uninterrupted run's bit for bit",
-            "value": len(met) if same else 0, "target": kills, "holds": same and len(met) == kills, "kills": met}
+    return {
+        "name": "SIGKILLs after which losses, samples and weights equal the uninterrupted run's bit for bit",
+        "value": len(met) if same else 0,
+        "target": kills,
+        "holds": same and len(met) == kills,
+        "kills": met,
+    }
 
 
 def main():
@@ -125,7 +134,9 @@ def main():
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     sources = ("asset:sotu", "asset:bbc-news")
-    tokenizer = load_tokenizer("bpe:512", [record["text"] for record in list(open_sources(Data(sources=sources[:1]))[0])[:20]])
+    tokenizer = load_tokenizer(
+        "bpe:512", [record["text"] for record in list(open_sources(Data(sources=sources[:1]))[0])[:20]]
+    )
     write("resume", [measure(sources, tokenizer, options.kills, options.steps, options.seed)])
 
 

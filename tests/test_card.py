@@ -22,7 +22,9 @@ def version():
 
 def git(folder: Path, *arguments: str) -> str:
     settings = ["-c", "user.name=a", "-c", "user.email=a@b", "-c", "commit.gpgsign=false"]
-    return subprocess.run(["git", "-C", str(folder), *settings, *arguments], capture_output=True, text=True, check=True).stdout.strip()
+    return subprocess.run(
+        ["git", "-C", str(folder), *settings, *arguments], capture_output=True, text=True, check=True
+    ).stdout.strip()
 
 
 def test_code_is_the_commit_and_whether_it_was_changed(version, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -52,11 +54,21 @@ def test_versions_of_the_libraries():
 
 
 def test_card_is_plain_data_and_has_the_sizes_after_the_transforms(mesh):
-    run = Run(model=ModelConfig(dim=12), task=NextToken(z_loss=0.1), data=Data(sources=("text:a",)), batch=Batch(size=2),
-              transforms=(Transform(label="grow(2)"),))
+    run = Run(
+        model=ModelConfig(dim=12),
+        task=NextToken(z_loss=0.1),
+        data=Data(sources=("text:a",)),
+        batch=Batch(size=2),
+        transforms=(Transform(label="grow(2)"),),
+    )
     made = card.make_card(run, ModelConfig(dim=24), mesh(fsdp=2), ["abc"], {"split": "train"}, step=3, tokens=5.0)
     plain = json.loads(json.dumps(made))
     assert (plain["config"]["model"]["dim"], plain["model"]["dim"]) == (12, 24)
-    assert (plain["transforms"], plain["parents"], plain["sources"], plain["step"]) == (["grow(2)"], ["abc"], {"split": "train"}, 3)
+    assert (plain["transforms"], plain["parents"], plain["sources"], plain["step"]) == (
+        ["grow(2)"],
+        ["abc"],
+        {"split": "train"},
+        3,
+    )
     assert plain["mesh"] == {"data": 1, "fsdp": 2, "tensor": 1, "context": 1}
     assert (plain["config"]["task"]["kind"], plain["config"]["task"]["z_loss"]) == ("NextToken", 0.1)

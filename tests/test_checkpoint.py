@@ -51,17 +51,27 @@ def make_params(seed: int = 0) -> dict[str, Any]:
     rng = np.random.default_rng(seed)
     odd = rng.normal(size=(8, 6)).astype(np.float32)
     odd[0, :4] = [np.nan, -0.0, np.inf, 1e-42]
-    return {"embed": {"tokens": jnp.asarray(odd)},
-            "layers": {"up": jnp.asarray(rng.normal(size=(2, 8, 16)), jnp.bfloat16), "scale": jnp.ones(8)},
-            "codes": jnp.asarray(rng.integers(-128, 128, (4, 4)), jnp.int8), "kept": jnp.asarray([True, False, True])}
+    return {
+        "embed": {"tokens": jnp.asarray(odd)},
+        "layers": {"up": jnp.asarray(rng.normal(size=(2, 8, 16)), jnp.bfloat16), "scale": jnp.ones(8)},
+        "codes": jnp.asarray(rng.integers(-128, 128, (4, 4)), jnp.int8),
+        "kept": jnp.asarray([True, False, True]),
+    }
 
 
 def make_state(params: Any) -> dict[str, Any]:
     """All that a train state holds beside the weights: nested tuples of optax, typed keys, counters, None where nothing is trained."""
     floats = {"embed": params["embed"], "layers": {**params["layers"], "scale": None}}
-    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3, mu_dtype=jnp.bfloat16), optax.contrib.schedule_free_sgd(0.1))
-    return {"step": jnp.int32(7), "opt_state": Average(optimizer.init(floats), floats), "key": jax.random.key(3),
-            "other_key": jax.random.key(4, impl="rbg"), "skipped": jnp.int32(0)}
+    optimizer = optax.chain(
+        optax.clip_by_global_norm(1.0), optax.adamw(1e-3, mu_dtype=jnp.bfloat16), optax.contrib.schedule_free_sgd(0.1)
+    )
+    return {
+        "step": jnp.int32(7),
+        "opt_state": Average(optimizer.init(floats), floats),
+        "key": jax.random.key(3),
+        "other_key": jax.random.key(4, impl="rbg"),
+        "skipped": jnp.int32(0),
+    }
 
 
 def wanted(arrays: Any) -> Any:
@@ -120,7 +130,11 @@ def shard(x: jax.Array, mesh: jax.sharding.Mesh) -> NamedSharding:
 
 @pytest.mark.parametrize("sizes", [{"fsdp": 2}, {}, {"fsdp": 2, "tensor": 4}], ids=["two", "one", "eight-otherwise"])
 def test_saved_on_eight_devices_restored_on(sizes: dict[str, int], run: Checkpoints, mesh):
-    arrays = {"w": jnp.arange(8 * 6 * 4, dtype=jnp.float32).reshape(8, 6, 4), "h": jnp.linspace(0, 1, 8).astype(jnp.bfloat16), "s": jnp.float32(2)}
+    arrays = {
+        "w": jnp.arange(8 * 6 * 4, dtype=jnp.float32).reshape(8, 6, 4),
+        "h": jnp.linspace(0, 1, 8).astype(jnp.bfloat16),
+        "s": jnp.float32(2),
+    }
     key = {"key": jax.random.key(1)}
     eight = mesh(fsdp=4, tensor=2)
     spread = jax.tree.map(lambda x: jax.device_put(x, shard(x, eight)), arrays)
@@ -149,17 +163,22 @@ def test_what_is_saved_is_not_what_donated_buffers_become(devices: int, run: Che
             state = step(state)
         want[at] = {name: np.array(x, copy=True) for name, x in state.items()}
         run.save(at, state, {"step": jnp.int32(at)}, {}, card(at), None)
-        while not run._saving.done():  # noqa: SLF001
+        while not run._saving.done():
             state = step(state)
     run.wait()
     for at in (1, 2, 3):
-        found, _, _ = checkpoint.load_params(run.root / str(at), abstract_like(want[at], dict.fromkeys(want[at], placed)))
+        found, _, _ = checkpoint.load_params(
+            run.root / str(at), abstract_like(want[at], dict.fromkeys(want[at], placed))
+        )
         for name, x in want[at].items():
             np.testing.assert_array_equal(found[name], x)
 
 
-HASHED = {"a": np.arange(6, dtype=np.float32).reshape(2, 3), "b": {"c": np.array([1, 2, 3], np.int8), "d": np.array([True, False])},
-          "e": np.arange(4).astype(jnp.bfloat16)}
+HASHED = {
+    "a": np.arange(6, dtype=np.float32).reshape(2, 3),
+    "b": {"c": np.array([1, 2, 3], np.int8), "d": np.array([True, False])},
+    "e": np.arange(4).astype(jnp.bfloat16),
+}
 
 
 @given(data=st.data())
@@ -172,23 +191,42 @@ def test_hash_tells_any_bit(data: st.DataObject):
     flat = words.reshape(-1)
     flat[place] ^= 1 if leaves[which].dtype == bool else 1 << bit
     changed = [words.view(x.dtype) if i == which else x for i, x in enumerate(leaves)]
-    assert content_hash(jax.tree.unflatten(structure, map(jnp.asarray, changed))) != content_hash(jax.tree.map(jnp.asarray, HASHED))
+    assert content_hash(jax.tree.unflatten(structure, map(jnp.asarray, changed))) != content_hash(
+        jax.tree.map(jnp.asarray, HASHED)
+    )
 
 
-@pytest.mark.parametrize("other", [
-    {"A": HASHED["a"], **{k: v for k, v in HASHED.items() if k != "a"}}, {**HASHED, "a": HASHED["a"].reshape(3, 2)},
-    {**HASHED, "a": HASHED["a"].view(np.int32)}, {**HASHED, "a": HASHED["a"].reshape(-1)[::-1].reshape(2, 3)},
-    {**HASHED, "a": HASHED["a"] + [[0, 1, -1], [0, 0, 0]]}, {**HASHED, "f": np.zeros(1, np.float32)}, {"a": HASHED["a"], "e": HASHED["e"]},
-], ids=["name", "shape", "dtype", "order", "exchange", "more", "less"])
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"A": HASHED["a"], **{k: v for k, v in HASHED.items() if k != "a"}},
+        {**HASHED, "a": HASHED["a"].reshape(3, 2)},
+        {**HASHED, "a": HASHED["a"].view(np.int32)},
+        {**HASHED, "a": HASHED["a"].reshape(-1)[::-1].reshape(2, 3)},
+        {**HASHED, "a": HASHED["a"] + [[0, 1, -1], [0, 0, 0]]},
+        {**HASHED, "f": np.zeros(1, np.float32)},
+        {"a": HASHED["a"], "e": HASHED["e"]},
+    ],
+    ids=["name", "shape", "dtype", "order", "exchange", "more", "less"],
+)
 def test_hash_tells(other: dict[str, Any]):
     assert content_hash(jax.tree.map(jnp.asarray, other)) != content_hash(jax.tree.map(jnp.asarray, HASHED))
 
 
 def test_hash_by_its_formula():
     """Cards name their parents by it: another formula is another name."""
-    arrays = {"b": jnp.ones(2, jnp.bfloat16), "k": jax.random.key(5), "n": jnp.int8(-3), "w": jnp.arange(6, dtype=jnp.float32).reshape(2, 3)}
-    words = {"b": np.asarray(arrays["b"]).view(np.uint16), "k": np.array([0, 5]), "n": np.array([2**32 - 3]),
-             "w": np.asarray(arrays["w"]).view(np.uint32).reshape(-1)}
+    arrays = {
+        "b": jnp.ones(2, jnp.bfloat16),
+        "k": jax.random.key(5),
+        "n": jnp.int8(-3),
+        "w": jnp.arange(6, dtype=jnp.float32).reshape(2, 3),
+    }
+    words = {
+        "b": np.asarray(arrays["b"]).view(np.uint16),
+        "k": np.array([0, 5]),
+        "n": np.array([2**32 - 3]),
+        "w": np.asarray(arrays["w"]).view(np.uint32).reshape(-1),
+    }
     lines = ""
     for name, x in arrays.items():
         index = np.arange(words[name].size, dtype=np.uint64)
@@ -226,11 +264,29 @@ def flip(path: Path) -> None:
     path.write_bytes(content)
 
 
-DAMAGES = ["empty folder", "truncated array", "empty array", "flipped byte in the arrays", "weights of another", "missing params", "missing state", "missing about",
-           "missing about/card.json", "missing about/arrays.json", "missing about/data.json", "missing about/tokenizer.json", "missing about/SHA256SUMS",
-           "missing params/_METADATA", "missing params/manifest.ocdbt", "missing params/d", "flipped byte in about/card.json",
-           "flipped byte in about/data.json", "flipped byte in about/tokenizer.json", "flipped byte in about/SHA256SUMS",
-           "flipped byte in params/manifest.ocdbt"]
+DAMAGES = [
+    "empty folder",
+    "truncated array",
+    "empty array",
+    "flipped byte in the arrays",
+    "weights of another",
+    "missing params",
+    "missing state",
+    "missing about",
+    "missing about/card.json",
+    "missing about/arrays.json",
+    "missing about/data.json",
+    "missing about/tokenizer.json",
+    "missing about/SHA256SUMS",
+    "missing params/_METADATA",
+    "missing params/manifest.ocdbt",
+    "missing params/d",
+    "flipped byte in about/card.json",
+    "flipped byte in about/data.json",
+    "flipped byte in about/tokenizer.json",
+    "flipped byte in about/SHA256SUMS",
+    "flipped byte in params/manifest.ocdbt",
+]
 
 
 @pytest.mark.parametrize("kind", DAMAGES)
@@ -242,7 +298,11 @@ def test_damaged_newest_falls_back(kind: str, run: Checkpoints, params: Any, cap
         found = restore(run, params)
     assert found is not None and found.data == {"place": 1}
     assert_same(found.params, params)
-    assert [r.getMessage() for r in caplog.records if "is incomplete or damaged" in r.getMessage() and "set aside as 2.damaged" in r.getMessage()]
+    assert [
+        r.getMessage()
+        for r in caplog.records
+        if "is incomplete or damaged" in r.getMessage() and "set aside as 2.damaged" in r.getMessage()
+    ]
     assert sorted(p.name for p in run.root.iterdir()) == ["1", "2.damaged"]
     save(run, 2, params)  # the run goes on over the same step
     again = restore(run, params)
@@ -277,8 +337,11 @@ def test_all_damaged_is_an_error_and_all_are_left(run: Checkpoints, params: Any)
     for step in (1, 2, 3):
         save(run, step, params)
         damage("truncated array", run.root / str(step))
-    with pytest.raises(CheckpointError, match=r"none of the 3 checkpoints in .*checkpoints can be read; they were left in place \(3: .+\). "
-                                              "Remove that folder to begin the run anew"):
+    with pytest.raises(
+        CheckpointError,
+        match=r"none of the 3 checkpoints in .*checkpoints can be read; they were left in place \(3: .+\). "
+        "Remove that folder to begin the run anew",
+    ):
         restore(run, params)
     assert sorted(p.name for p in run.root.iterdir()) == ["1", "2", "3"]
 
@@ -326,12 +389,19 @@ def test_what_a_removal_or_save_left_behind_goes(tmp_path: Path, params: Any):
     assert sorted(p.name for p in run.root.iterdir()) == ["1", "3.damaged"]
 
 
-@pytest.mark.parametrize(("change", "message"), [
-    (lambda p: {**p, "a": jnp.zeros(301)}, r"'a' is float32\[300\] there and float32\[301\] in this config"),
-    (lambda p: {**p, "a": p["a"].astype(jnp.bfloat16)}, r"'a' is float32\[300\] there and bfloat16\[300\] in this config"),
-    (lambda p: {**p, "new": jnp.zeros(2)}, r"it has no 'new' float32\[2\]"),
-    (lambda p: {"a": p["a"]}, r"'b/c' float32\[2,3\] of it is not in this config"),
-], ids=["shape", "dtype", "more", "less"])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda p: {**p, "a": jnp.zeros(301)}, r"'a' is float32\[300\] there and float32\[301\] in this config"),
+        (
+            lambda p: {**p, "a": p["a"].astype(jnp.bfloat16)},
+            r"'a' is float32\[300\] there and bfloat16\[300\] in this config",
+        ),
+        (lambda p: {**p, "new": jnp.zeros(2)}, r"it has no 'new' float32\[2\]"),
+        (lambda p: {"a": p["a"]}, r"'b/c' float32\[2,3\] of it is not in this config"),
+    ],
+    ids=["shape", "dtype", "more", "less"],
+)
 def test_other_shape_names_the_first_difference(change: Any, message: str, run: Checkpoints, params: Any):
     save(run, 1, params)
     with pytest.raises(CheckpointError, match=f"checkpoint .*/1 is of another shape: {message}"):
@@ -362,7 +432,9 @@ def test_load_of_what_is_no_checkpoint(tmp_path: Path, run: Checkpoints, params:
     save(run, 1, params)
     flip(run.root / "1" / "about" / "card.json")
     for read in (checkpoint.read_card, lambda path: checkpoint.load_params(path, wanted(params))):
-        with pytest.raises(CheckpointError, match="checkpoint .*/1 is damaged: about/card.json is not what was written"):
+        with pytest.raises(
+            CheckpointError, match="checkpoint .*/1 is damaged: about/card.json is not what was written"
+        ):
             read(tmp_path)
     (run.root / "2").mkdir()  # nothing in it: not taken for the newest
     assert checkpoint.find(tmp_path) == run.root / "1"
@@ -385,10 +457,14 @@ def test_sums_are_what_sha256sum_reads(run: Checkpoints, params: Any):
     save(run, 1, params)
     about = run.root / "1" / "about"
     lines = dict(reversed(line.split("  ")) for line in (about / "SHA256SUMS").read_text().splitlines())
-    assert lines == {name: hashlib.sha256((about / name).read_bytes()).hexdigest() 
-                     for name in ("card.json", "arrays.json", "tokenizer.json", "data.json")}
+    assert lines == {
+        name: hashlib.sha256((about / name).read_bytes()).hexdigest()
+        for name in ("card.json", "arrays.json", "tokenizer.json", "data.json")
+    }
     assert json.loads((about / "card.json").read_text())["hashes"] == {
-        "params": content_hash(params), "state": content_hash({"step": jnp.int32(1)})}
+        "params": content_hash(params),
+        "state": content_hash({"step": jnp.int32(1)}),
+    }
 
 
 @pytest.fixture
@@ -396,7 +472,9 @@ def small_disk(tmp_path: Path):
     """A disk of 2 MB."""
     path = tmp_path / "disk"
     path.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(path)], capture_output=True, text=True, check=False)
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(path)], capture_output=True, text=True, check=False
+    )
     if mounted.returncode:
         pytest.skip(f"mounting a small disk is not permitted: {mounted.stderr.strip()}")
     yield path
@@ -411,7 +489,10 @@ def test_full_disk(small_disk: Path):
     with pytest.raises(OSError, match="No space left"):
         ballast.write_bytes(b"x" * 2**21)
     ballast.write_bytes(ballast.read_bytes()[:-100_000])
-    with pytest.raises(CheckpointError, match="no space left on the disk of .*/2: the checkpoint was not written; earlier ones are intact"):
+    with pytest.raises(
+        CheckpointError,
+        match="no space left on the disk of .*/2: the checkpoint was not written; earlier ones are intact",
+    ):
         save(run, 2, params)
     run.abandon()
     assert sorted(p.name for p in run.root.iterdir()) == ["1"]
@@ -447,8 +528,12 @@ def test_killed_while_saving(kills: int, tmp_path: Path):
     rng = random.Random(kills)
     first = 1
     for _ in range(kills):
-        with subprocess.Popen([sys.executable, "-c", SAVER, str(tmp_path), str(first)], stdout=subprocess.PIPE, text=True,
-                              env={**os.environ, "PYTHONPATH": str(Path(checkpoint.__file__).parents[1])}) as process:
+        with subprocess.Popen(
+            [sys.executable, "-c", SAVER, str(tmp_path), str(first)],
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "PYTHONPATH": str(Path(checkpoint.__file__).parents[1])},
+        ) as process:
             assert process.stdout is not None
             begun = 0
             for _ in range(rng.randrange(3, 9)):

@@ -87,8 +87,11 @@ def test_perplexity_is_that_of_the_text(decoder, data, tokenizer):
     assert found["perplexity"] == pytest.approx(np.exp(found["loss"] - 2), rel=1e-5)
 
 
-@pytest.mark.parametrize("config", [presets.bert(**SIZES, head="mlm"), presets.vaswani(**SIZES), ModelConfig(**SIZES, head="classification")],
-                         ids=["encoder", "encoder-decoder", "classifier"])
+@pytest.mark.parametrize(
+    "config",
+    [presets.bert(**SIZES, head="mlm"), presets.vaswani(**SIZES), ModelConfig(**SIZES, head="classification")],
+    ids=["encoder", "encoder-decoder", "classifier"],
+)
 def test_only_a_decoder_of_text_scores(config, tokenizer):
     with pytest.raises(UserError, match="gives a text no probability: it needs a decoder with head 'lm'"):
         evaluate.score(config, {}, tokenizer, "a text")
@@ -96,7 +99,7 @@ def test_only_a_decoder_of_text_scores(config, tokenizer):
 
 def test_an_empty_text_has_the_probability_of_its_end(decoder, tokenizer):
     config, params, _ = decoder
-    (token, p), = evaluate.score(config, params, tokenizer, "")
+    ((token, p),) = evaluate.score(config, params, tokenizer, "")
     logits = llm_jax.apply(llm_jax.Model(config, params), {"tokens": np.array([[tokenizer.bos]])}).logits[0, 0]
     assert token == "<|endoftext|>" and p == pytest.approx(float(jax.nn.log_softmax(logits)[tokenizer.eos]), rel=1e-5)
 
@@ -114,7 +117,9 @@ def test_checkpoints_that_cannot_be_evaluated(decoder, data, tokenizer, tmp_path
     with pytest.raises(CheckpointError, match="checkpoint .*/b has no tokenizer"):
         evaluate.evaluate_checkpoint(kept(tmp_path / "b", decoder, None, config=run))
     with pytest.raises(CheckpointError, match="the card of .*/c describes no run of this version .*'colour'"):
-        evaluate.evaluate_checkpoint(kept(tmp_path / "c", decoder, tokenizer, config={**run, "data": {**run["data"], "colour": 1}}))
+        evaluate.evaluate_checkpoint(
+            kept(tmp_path / "c", decoder, tokenizer, config={**run, "data": {**run["data"], "colour": 1}})
+        )
     whole = kept(tmp_path / "d", decoder, tokenizer, config={**run, "data": {**run["data"], "heldout": 0.0}})
     with pytest.raises(UserError, match="no document is held out: set data.heldout above 0, or data.heldout_sources"):
         evaluate.evaluate_checkpoint(whole)

@@ -47,7 +47,12 @@ def test_masked_positions_alone_reach_the_vocabulary():
 
 @pytest.mark.parametrize(
     ("kind", "count", "peak"),
-    [("TPU v5 lite", 4, 4 * 197e12), ("TPU v5", 1, 459e12), ("TPU v5p", 2, 2 * 459e12), ("NVIDIA H100 80GB HBM3", 8, 8 * 989e12)],
+    [
+        ("TPU v5 lite", 4, 4 * 197e12),
+        ("TPU v5", 1, 459e12),
+        ("TPU v5p", 2, 2 * 459e12),
+        ("NVIDIA H100 80GB HBM3", 8, 8 * 989e12),
+    ],
 )
 def test_peak_of_the_data_sheet(kind: str, count: int, peak: float):
     devices = [SimpleNamespace(device_kind=kind, platform="tpu")] * count
@@ -55,7 +60,10 @@ def test_peak_of_the_data_sheet(kind: str, count: int, peak: float):
 
 
 def test_unknown_hardware_has_no_peak():
-    assert flops.peak_flops([SimpleNamespace(device_kind="TPU v99", platform="tpu")]) == (0.0, "unknown device 'TPU v99'")
+    assert flops.peak_flops([SimpleNamespace(device_kind="TPU v99", platform="tpu")]) == (
+        0.0,
+        "unknown device 'TPU v99'",
+    )
 
 
 def test_a_processor_is_measured():

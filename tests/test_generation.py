@@ -12,7 +12,9 @@ from llm_jax.generation import Sampling, choose_token, filter_logits
 from llm_jax.models import presets, transformer
 
 SMALL = dict(vocab_size=320, max_length=64, layers=2, dim=32, heads=4, mlp_dim=48, dropout=0.0)
-init = jax.jit(transformer.init, static_argnums=0, compiler_options={"xla_backend_optimization_level": 0})  # quick to compile
+init = jax.jit(
+    transformer.init, static_argnums=0, compiler_options={"xla_backend_optimization_level": 0}
+)  # quick to compile
 PROMPTS = ["to be or not", "the", "a rose by any other name would smell"]
 
 
@@ -23,7 +25,13 @@ def words():
 
 @pytest.fixture(scope="module", params=["gpt2", "llama", "t5"])
 def model(request):
-    changes = dict(SMALL, kv_heads=2) if request.param == "llama" else dict(SMALL, head_dim=8) if request.param == "t5" else SMALL
+    changes = (
+        dict(SMALL, kv_heads=2)
+        if request.param == "llama"
+        else dict(SMALL, head_dim=8)
+        if request.param == "t5"
+        else SMALL
+    )
     config = getattr(presets, request.param)(**changes)
     return config, init(config, jax.random.key(1))
 
@@ -43,7 +51,10 @@ def greedy(config, params, tokenizer, prompt, count):
         source = np.array([[*tokenizer.encode(prompt), tokenizer.eos]], np.int32)
         wide = np.zeros((1, 40), np.int32)
         wide[:, : source.shape[1]] = source
-        batch = {"encoder_tokens": wide, "encoder_segment_ids": (np.arange(40) < source.shape[1])[None].astype(np.int32)}
+        batch = {
+            "encoder_tokens": wide,
+            "encoder_segment_ids": (np.arange(40) < source.shape[1])[None].astype(np.int32),
+        }
         ids = [begin]
     forward = jax.jit(lambda row: transformer.apply(config, params, {**batch, "tokens": row}).logits)
     made = []
@@ -94,17 +105,35 @@ def numpy_filter(logits, seen, s):
     return np.array(out)
 
 
-@pytest.mark.parametrize("settings", [dict(temperature=0.7), dict(top_k=3, temperature=1.0), dict(top_p=0.6, temperature=1.3), dict(min_p=0.2, temperature=1.0),
-                                      dict(repetition_penalty=1.7), dict(temperature=0.9, top_k=7, top_p=0.8, min_p=0.05, repetition_penalty=1.2)])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        dict(temperature=0.7),
+        dict(top_k=3, temperature=1.0),
+        dict(top_p=0.6, temperature=1.3),
+        dict(min_p=0.2, temperature=1.0),
+        dict(repetition_penalty=1.7),
+        dict(temperature=0.9, top_k=7, top_p=0.8, min_p=0.05, repetition_penalty=1.2),
+    ],
+)
 def test_filters_follow_their_definitions(settings):
     rng = np.random.default_rng(0)
     logits, seen = rng.normal(0, 2, (4, 20)).astype(np.float32), rng.random((4, 20)) < 0.3
     sampling = Sampling(**settings)
-    np.testing.assert_allclose(filter_logits(jnp.array(logits), jnp.array(seen), sampling), numpy_filter(logits, seen, sampling), rtol=1e-5)
+    np.testing.assert_allclose(
+        filter_logits(jnp.array(logits), jnp.array(seen), sampling), numpy_filter(logits, seen, sampling), rtol=1e-5
+    )
 
 
-@pytest.mark.parametrize("settings", [dict(top_k=4, temperature=0.8), dict(top_p=0.7, temperature=1.0), dict(min_p=0.1, temperature=1.0),
-                                      dict(repetition_penalty=1.5)])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        dict(top_k=4, temperature=0.8),
+        dict(top_p=0.7, temperature=1.0),
+        dict(min_p=0.1, temperature=1.0),
+        dict(repetition_penalty=1.5),
+    ],
+)
 def test_filters_are_those_of_transformers(settings):
     torch = pytest.importorskip("torch")
     processors = pytest.importorskip("transformers").generation.logits_process
@@ -113,7 +142,11 @@ def test_filters_are_those_of_transformers(settings):
     seen = np.zeros((3, 30), bool)
     seen[np.arange(3)[:, None], ids] = True
     sampling = Sampling(**settings)
-    steps = [processors.RepetitionPenaltyLogitsProcessor(sampling.repetition_penalty)] if sampling.repetition_penalty != 1 else []
+    steps = (
+        [processors.RepetitionPenaltyLogitsProcessor(sampling.repetition_penalty)]
+        if sampling.repetition_penalty != 1
+        else []
+    )
     steps += [processors.TemperatureLogitsWarper(sampling.temperature)] if sampling.temperature not in (0, 1) else []
     steps += [processors.TopKLogitsWarper(sampling.top_k)] if sampling.top_k else []
     steps += [processors.TopPLogitsWarper(sampling.top_p)] if sampling.top_p < 1 else []
@@ -134,27 +167,42 @@ def test_stop_strings_end_the_text_before_them(decoder, words):
     config, params = decoder
     whole = generation.generate(config, params, words, ["the"], max_new_tokens=20, temperature=1.0, seed=5)[0]
     stop = whole[5:8]
-    assert generation.generate(config, params, words, ["the"], max_new_tokens=20, temperature=1.0, seed=5, stop=[stop])[0] == whole[: whole.index(stop)]
+    assert (
+        generation.generate(config, params, words, ["the"], max_new_tokens=20, temperature=1.0, seed=5, stop=[stop])[0]
+        == whole[: whole.index(stop)]
+    )
 
 
 def test_streamed_pieces_are_the_text_and_never_show_a_stop_string(decoder, words):
     config, params = decoder
     whole = generation.generate(config, params, words, PROMPTS, max_new_tokens=24, temperature=1.0, seed=6)
     stop = whole[0][6:10]
-    wanted = generation.generate(config, params, words, PROMPTS, max_new_tokens=24, temperature=1.0, seed=6, stop=[stop])
+    wanted = generation.generate(
+        config, params, words, PROMPTS, max_new_tokens=24, temperature=1.0, seed=6, stop=[stop]
+    )
     said = [""] * len(PROMPTS)
 
     def on_text(row, more):
         assert more
         said[row] += more
 
-    generation.generate(config, params, words, PROMPTS, max_new_tokens=24, temperature=1.0, seed=6, stop=[stop], on_text=on_text)
+    generation.generate(
+        config, params, words, PROMPTS, max_new_tokens=24, temperature=1.0, seed=6, stop=[stop], on_text=on_text
+    )
     assert said == wanted and stop not in said[0]
 
 
-@pytest.mark.parametrize("text, stop, last, settled", [
-    ("abcSTOPd", ["STOP"], False, ("abc", True)), ("abcST", ["STOP"], False, ("abc", False)), ("abcST", ["STOP"], True, ("abcST", False)),
-    ("ab\ufffd", [], False, ("ab", False)), ("ab", ["bx", "xx"], False, ("a", False)), ("one two", ["two", "one"], False, ("", True))])
+@pytest.mark.parametrize(
+    "text, stop, last, settled",
+    [
+        ("abcSTOPd", ["STOP"], False, ("abc", True)),
+        ("abcST", ["STOP"], False, ("abc", False)),
+        ("abcST", ["STOP"], True, ("abcST", False)),
+        ("ab\ufffd", [], False, ("ab", False)),
+        ("ab", ["bx", "xx"], False, ("a", False)),
+        ("one two", ["two", "one"], False, ("", True)),
+    ],
+)
 def test_what_may_still_change_is_held_back(text, stop, last, settled):
     assert generation._settled(text, stop, last) == settled
 
@@ -162,17 +210,20 @@ def test_what_may_still_change_is_held_back(text, stop, last, settled):
 def test_ids_that_the_tokenizer_does_not_know_are_never_made(decoder, words):
     config, params = decoder
     assert words.vocab_size < config.vocab_size
-    biased = {**params, "head": {"kernel": params["head"]["kernel"].at[words.vocab_size:].mul(1e3)}}
+    biased = {**params, "head": {"kernel": params["head"]["kernel"].at[words.vocab_size :].mul(1e3)}}
     assert generation.generate(config, biased, words, ["the"], max_new_tokens=5)[0] is not None
 
 
-@pytest.mark.parametrize("change, prompts, options, message", [
-    (presets.bert(**SMALL), ["a"], {}, "cannot generate: it needs a decoder"),
-    (presets.gpt2(**SMALL), [], {}, "no prompt to continue"),
-    (presets.gpt2(**SMALL), ["a"], {"max_new_tokens": 0}, "max_new_tokens is 0"),
-    (presets.gpt2(**SMALL), ["a"], {"max_new_tokens": 100}, "positions, the model has 64"),
-    (presets.gpt2(**SMALL), ["a"], {"top_p": 0.0}, "top_p in"),
-])
+@pytest.mark.parametrize(
+    "change, prompts, options, message",
+    [
+        (presets.bert(**SMALL), ["a"], {}, "cannot generate: it needs a decoder"),
+        (presets.gpt2(**SMALL), [], {}, "no prompt to continue"),
+        (presets.gpt2(**SMALL), ["a"], {"max_new_tokens": 0}, "max_new_tokens is 0"),
+        (presets.gpt2(**SMALL), ["a"], {"max_new_tokens": 100}, "positions, the model has 64"),
+        (presets.gpt2(**SMALL), ["a"], {"top_p": 0.0}, "top_p in"),
+    ],
+)
 def test_refused(change, prompts, options, message, words):
     with pytest.raises(UserError, match=message):
         generation.generate(change, {}, words, prompts, **options)
@@ -196,7 +247,7 @@ def scripted(monkeypatch, decoder):
 
         def decode(config, params, going, sampling, key, count, known, end):
             at = int(going.step)
-            return going._replace(step=going.step + count), made[at: at + count]
+            return going._replace(step=going.step + count), made[at : at + count]
 
         monkeypatch.setattr(generation, "_prefill", lambda *arguments: going)
         monkeypatch.setattr(generation, "_decode", decode)
@@ -208,8 +259,15 @@ def scripted(monkeypatch, decoder):
 def pieces(config, params, tokenizer, rows, **options):
     """The texts, and the pieces they were streamed in, for each row."""
     said = [[] for _ in rows]
-    texts = generation.generate(config, params, tokenizer, ["a"] * len(rows), max_new_tokens=len(rows[0]),
-                                on_text=lambda row, more: said[row].append(more), **options)
+    texts = generation.generate(
+        config,
+        params,
+        tokenizer,
+        ["a"] * len(rows),
+        max_new_tokens=len(rows[0]),
+        on_text=lambda row, more: said[row].append(more),
+        **options,
+    )
     return texts, said
 
 
@@ -221,7 +279,9 @@ def test_a_character_of_several_tokens_is_shown_whole(scripted, letters):
     texts, said = pieces(*scripted([ids, ids[::-1]]), letters, [ids, ids[::-1]])
     assert texts[0] == text == "".join(said[0])
     assert len(said[0]) > 2 and not any("\ufffd" in piece for piece in said[0])
-    assert "\ufffd" in texts[1] and "".join(said[1]) == texts[1]  # bytes that never become a character are shown in the end
+    assert (
+        "\ufffd" in texts[1] and "".join(said[1]) == texts[1]
+    )  # bytes that never become a character are shown in the end
 
 
 def test_a_stop_string_over_the_border_of_tokens_is_never_shown(scripted, letters):

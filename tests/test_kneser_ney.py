@@ -1,4 +1,5 @@
 """Tests of kneser_ney: normalisation, a direct dictionary implementation, worked numbers, and edge cases."""
+
 from __future__ import annotations
 
 import math
@@ -22,7 +23,7 @@ class SlowKneserNey:
             words = [BEGIN] + [int(w) for w in document]
             for end in range(1, len(words)):
                 for start in range(max(0, end - order + 1), end + 1):
-                    gram = tuple(words[start:end + 1])
+                    gram = tuple(words[start : end + 1])
                     raw[gram] += 1
                     if start > 0:
                         left[gram].add(words[start - 1])
@@ -36,8 +37,12 @@ class SlowKneserNey:
             self.D[n] = {0: 0.0, 1: 0.5, 2: 1.0, 3: 1.5}
             if all(n_k[k] for k in (1, 2, 3)):
                 y = n_k[1] / (n_k[1] + 2 * n_k[2])
-                d = {0: 0.0, 1: 1 - 2 * y * n_k[2] / n_k[1], 2: 2 - 3 * y * n_k[3] / n_k[2],
-                     3: 3 - 4 * y * n_k[4] / n_k[3]}
+                d = {
+                    0: 0.0,
+                    1: 1 - 2 * y * n_k[2] / n_k[1],
+                    2: 2 - 3 * y * n_k[3] / n_k[2],
+                    3: 3 - 4 * y * n_k[4] / n_k[3],
+                }
                 if all(0 < d[k] <= k for k in (1, 2, 3)):
                     self.D[n] = d
 
@@ -56,16 +61,18 @@ class SlowKneserNey:
 
     def log_prob(self, document):
         words = [BEGIN] * (self.order - 1) + [int(w) for w in document]
-        return [math.log(self.p(words[i], tuple(words[i - self.order + 1:i])))
-                for i in range(self.order - 1, len(words))]
+        return [
+            math.log(self.p(words[i], tuple(words[i - self.order + 1 : i]))) for i in range(self.order - 1, len(words))
+        ]
 
 
 def corpus(seed, vocab_size, n_documents=30, max_length=40, unused=2):
     """Random documents with a skewed unigram distribution and repeats; the last `unused` ids never occur."""
     rng = np.random.default_rng(seed)
     weight = 1 / np.arange(1, vocab_size - unused + 1)
-    documents = [rng.choice(len(weight), size=rng.integers(0, max_length), p=weight / weight.sum())
-                 for _ in range(n_documents)]
+    documents = [
+        rng.choice(len(weight), size=rng.integers(0, max_length), p=weight / weight.sum()) for _ in range(n_documents)
+    ]
     return documents + documents[:3] + [np.concatenate([documents[4], documents[5]])]
 
 
@@ -80,9 +87,20 @@ def test_sums_to_one(order, vocab_size):
     model = KneserNey.fit(documents, vocab_size, order)
     long = max(documents, key=len)
     unused = vocab_size - 1
-    contexts = [[], long[:1], long[:3], long[3:4], long[5:12], long,  # seen, at and after the start
-                np.append(unused, long[5:8]), np.append(long[5:8], long[0]), [0, unused, 0], [0] * 6,  # partly
-                [unused], [unused] * 6]  # unseen
+    contexts = [
+        [],
+        long[:1],
+        long[:3],
+        long[3:4],
+        long[5:12],
+        long,  # seen, at and after the start
+        np.append(unused, long[5:8]),
+        np.append(long[5:8], long[0]),
+        [0, unused, 0],
+        [0] * 6,  # partly
+        [unused],
+        [unused] * 6,
+    ]  # unseen
     rng = np.random.default_rng(1)
     contexts += [rng.integers(0, vocab_size, size=rng.integers(0, 8)) for _ in range(40)]
     for context in contexts:
@@ -117,8 +135,10 @@ def test_comparison_covers_estimated_and_fallback_discounts():
 
 def test_discounts_by_hand():
     counts = np.repeat([1, 2, 3, 4, 9], [10, 5, 3, 2, 1])  # Y = 10 / 20
-    assert np.allclose(estimate_discounts(counts), [0, 1 - 2 * .5 * 5 / 10, 2 - 3 * .5 * 3 / 5, 3 - 4 * .5 * 2 / 3])
-    assert np.allclose(estimate_discounts(np.repeat([1, 2, 3], [10, 5, 3])), [0, .5, 2 - 3 * .5 * 3 / 5, 3])  # n_4 = 0
+    assert np.allclose(estimate_discounts(counts), [0, 1 - 2 * 0.5 * 5 / 10, 2 - 3 * 0.5 * 3 / 5, 3 - 4 * 0.5 * 2 / 3])
+    assert np.allclose(
+        estimate_discounts(np.repeat([1, 2, 3], [10, 5, 3])), [0, 0.5, 2 - 3 * 0.5 * 3 / 5, 3]
+    )  # n_4 = 0
     assert np.array_equal(estimate_discounts(np.array([1, 1, 2])), [0, 0.5, 1, 1.5])
     assert np.array_equal(estimate_discounts(np.repeat([1, 2, 3, 4], [10, 1, 9, 1])), [0, 0.5, 1, 1.5])  # D2 < 0
 
@@ -130,9 +150,9 @@ def test_bigram_by_hand():
     Bigrams, raw: (begin a) 2, (a b) 1, (a c) 1.
     """
     model = KneserNey.fit([np.array([0, 1]), np.array([0, 2])], 4, 2)
-    seen, unused = .5 / 3 + .5 / 4, .5 / 4
+    seen, unused = 0.5 / 3 + 0.5 / 4, 0.5 / 4
     assert np.allclose(distribution(model, []), [(2 - 1) / 2 + 1 / 2 * seen, seen / 2, seen / 2, unused / 2])
-    assert np.allclose(distribution(model, [0]), [.5 * seen, .25 + .5 * seen, .25 + .5 * seen, .5 * unused])
+    assert np.allclose(distribution(model, [0]), [0.5 * seen, 0.25 + 0.5 * seen, 0.25 + 0.5 * seen, 0.5 * unused])
     assert np.allclose(distribution(model, [1]), [seen, seen, seen, unused])  # b is never followed
 
 
@@ -142,7 +162,7 @@ def test_document_starts_keep_raw_counts():
     begin_context = len(model.levels[0].keys)
     keys = model.levels[1].keys
     rows = keys // 4 == begin_context
-    assert np.allclose(model.levels[1].discounted[:-1][rows], [(3 - 1.5) / 4, (1 - .5) / 4])
+    assert np.allclose(model.levels[1].discounted[:-1][rows], [(3 - 1.5) / 4, (1 - 0.5) / 4])
 
 
 def test_documents_are_independent():

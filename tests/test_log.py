@@ -78,7 +78,11 @@ def test_torch_is_not_loaded_for_tensorboard(monkeypatch: pytest.MonkeyPatch):
 
 
 def test_curves(tmp_path: Path):
-    lines = [{"step": 1, "loss": 2.0, "learning_rate": 0.1}, {"step": 1, "eval/loss": 2.5}, {"step": 2, "loss": None, "learning_rate": 0.2}]
+    lines = [
+        {"step": 1, "loss": 2.0, "learning_rate": 0.1},
+        {"step": 1, "eval/loss": 2.5},
+        {"step": 2, "loss": None, "learning_rate": 0.2},
+    ]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     drawn = image.imread(log.draw_curves(tmp_path))
     (tmp_path / "metrics.jsonl").write_text("")

@@ -51,17 +51,35 @@ def tiny(texts: Path, tmp_path: Path) -> Run:
 
 def tiny_run(texts: Path, workdir: Path) -> Run:
     return Run(
-        name="tiny", workdir=str(workdir), model=ModelConfig(vocab_size=300, max_length=32, layers=1, dim=16, heads=2, dropout=0.1),
-        task=NextToken(), data=Data(sources=(f"text:{texts}/a/*.txt", f"text:{texts}/b/*.txt"), weights=(2.0, 1.0), tokenizer="bpe:300",
-                                    heldout=0.1, window=32),
-        optimizer=Optimizer(learning_rate=1e-2, moving_average=0.9), schedule=Schedule(name="constant"), steps=12,
-        batch=Batch(size=8, length=32), checkpoint=Keep(every=4), eval=Eval(every=6, batches=1))
+        name="tiny",
+        workdir=str(workdir),
+        model=ModelConfig(vocab_size=300, max_length=32, layers=1, dim=16, heads=2, dropout=0.1),
+        task=NextToken(),
+        data=Data(
+            sources=(f"text:{texts}/a/*.txt", f"text:{texts}/b/*.txt"),
+            weights=(2.0, 1.0),
+            tokenizer="bpe:300",
+            heldout=0.1,
+            window=32,
+        ),
+        optimizer=Optimizer(learning_rate=1e-2, moving_average=0.9),
+        schedule=Schedule(name="constant"),
+        steps=12,
+        batch=Batch(size=8, length=32),
+        checkpoint=Keep(every=4),
+        eval=Eval(every=6, batches=1),
+    )
 
 
 def change(run: Run, **changes: Any) -> Run:
     """A run with other values: `change(run, steps=3, model=dict(dim=32))`."""
-    return dataclasses.replace(run, **{
-        name: dataclasses.replace(getattr(run, name), **x) if isinstance(x, dict) else x for name, x in changes.items()})
+    return dataclasses.replace(
+        run,
+        **{
+            name: dataclasses.replace(getattr(run, name), **x) if isinstance(x, dict) else x
+            for name, x in changes.items()
+        },
+    )
 
 
 def lines(run: Run) -> list[dict[str, Any]]:
@@ -76,7 +94,7 @@ def params_hash(run: Run) -> str:
 
 def train_until(monkeypatch: pytest.MonkeyPatch, run: Run, step: int) -> None:
     """Train, and be interrupted before the step after `step`."""
-    one_step = loop._Session.one_step  # noqa: SLF001
+    one_step = loop._Session.one_step
 
     def interrupted(session: Any) -> None:
         if session.at == step:
@@ -84,7 +102,7 @@ def train_until(monkeypatch: pytest.MonkeyPatch, run: Run, step: int) -> None:
         one_step(session)
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop._Session, "one_step", interrupted)  # noqa: SLF001
+        patch.setattr(loop._Session, "one_step", interrupted)
         with pytest.raises(KeyboardInterrupt):
             loop.train(run)
 
@@ -92,7 +110,9 @@ def train_until(monkeypatch: pytest.MonkeyPatch, run: Run, step: int) -> None:
 @pytest.fixture(scope="module")
 def whole(texts: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, dict[str, Any]]:
     """An uninterrupted run, and what it returned. Copy the folder before changing anything in it."""
-    run = change(tiny_run(texts, tmp_path_factory.mktemp("whole") / "run"), eval=dict(prompts=("ab", ""), max_new_tokens=5))
+    run = change(
+        tiny_run(texts, tmp_path_factory.mktemp("whole") / "run"), eval=dict(prompts=("ab", ""), max_new_tokens=5)
+    )
     return run, loop.train(run)
 
 
@@ -110,16 +130,30 @@ def test_leaves_its_files(whole: tuple[Run, dict[str, Any]]):
     assert json.loads((folder / "config.json").read_text()) == json.loads(json.dumps(config.to_dict(run)))
     card = json.loads((folder / "card.json").read_text())
     assert card == checkpoint.read_card(folder)
-    assert (card["step"], card["parents"], card["seed"], card["mesh"]) == (12, [], 0, {"data": 8, "fsdp": 1, "tensor": 1, "context": 1})
-    assert card["results"] == {"step": 12, **result["eval"]} and {"loss", "perplexity", "bits_per_byte", "accuracy"} <= set(result["eval"])
+    assert (card["step"], card["parents"], card["seed"], card["mesh"]) == (
+        12,
+        [],
+        0,
+        {"data": 8, "fsdp": 1, "tensor": 1, "context": 1},
+    )
+    assert card["results"] == {"step": 12, **result["eval"]} and {
+        "loss",
+        "perplexity",
+        "bits_per_byte",
+        "accuracy",
+    } <= set(result["eval"])
     assert [s["documents"] for s in card["sources"]["sources"]] == [36, 36]
     assert json.loads((folder / "result.json").read_text()) == result
     assert result["steps"] == result["steps_this_time"] == 12 and result["skipped"] == 0
-    assert (folder / "curves.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n" and (folder / "curves.png").stat().st_size > 5000
+    assert (folder / "curves.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n" and (
+        folder / "curves.png"
+    ).stat().st_size > 5000
     assert [p.stat().st_size > 100 for p in (folder / "tensorboard").iterdir()] == [True]
     assert checkpoint.steps(folder) == [8, 12] and result["paths"]["checkpoint"] == str(folder / "checkpoints" / "12")
     assert all(Path(path).exists() for path in result["paths"].values())
-    assert [s["prompt"] for s in result["samples"]] == ["ab", ""] and all(isinstance(s["text"], str) for s in result["samples"])
+    assert [s["prompt"] for s in result["samples"]] == ["ab", ""] and all(
+        isinstance(s["text"], str) for s in result["samples"]
+    )
 
 
 def test_metrics_are_an_object_a_step(whole: tuple[Run, dict[str, Any]]):
@@ -128,17 +162,27 @@ def test_metrics_are_an_object_a_step(whole: tuple[Run, dict[str, Any]]):
     training = [e for e in entries if "loss" in e]
     assert [e["step"] for e in training] == list(range(1, 13))
     assert [e["step"] for e in entries if "eval/loss" in e] == [6, 12]
-    assert all(math.isfinite(e["loss"]) and math.isfinite(e["grad_norm"]) and e["learning_rate"] == pytest.approx(0.01) for e in training)
+    assert all(
+        math.isfinite(e["loss"]) and math.isfinite(e["grad_norm"]) and e["learning_rate"] == pytest.approx(0.01)
+        for e in training
+    )
     assert training[-1]["loss"] < training[0]["loss"] - 0.5
     assert len({e["samples"] for e in training}) == 12
     assert entries[-1]["eval/loss"] == result["eval"]["loss"]
     timed = json.loads((run.folder / "metrics.jsonl").read_text().splitlines()[1])
     assert timed["seconds"] > 0 and 0 < timed["mfu"] < 1 and timed["tokens_per_second"] > 0 and timed["input_wait"] >= 0
     card = checkpoint.read_card(run.folder)
-    assert card["tokens"] == result["tokens"] == result["data"]["tokens"] == result["data"]["rows"] * 32 * (1 - result["data"]["padding"])
+    assert (
+        card["tokens"]
+        == result["tokens"]
+        == result["data"]["tokens"]
+        == result["data"]["rows"] * 32 * (1 - result["data"]["padding"])
+    )
 
 
-def test_resumed_equals_uninterrupted(whole: tuple[Run, dict[str, Any]], tiny: Run, monkeypatch: pytest.MonkeyPatch, capsys):
+def test_resumed_equals_uninterrupted(
+    whole: tuple[Run, dict[str, Any]], tiny: Run, monkeypatch: pytest.MonkeyPatch, capsys
+):
     """Interrupted before a checkpoint, between a checkpoint and the next, and again; weights, losses, samples and counts to the bit."""
     run, result = whole
     tiny = change(tiny, eval=dataclasses.replace(run.eval))
@@ -149,7 +193,9 @@ def test_resumed_equals_uninterrupted(whole: tuple[Run, dict[str, Any]], tiny: R
     assert again["steps_this_time"] == 4
     assert lines(tiny) == lines(run)
     assert params_hash(tiny) == params_hash(run)
-    assert {k: again[k] for k in ("eval", "data", "tokens", "flops", "samples")} == {k: result[k] for k in ("eval", "data", "tokens", "flops", "samples")}
+    assert {k: again[k] for k in ("eval", "data", "tokens", "flops", "samples")} == {
+        k: result[k] for k in ("eval", "data", "tokens", "flops", "samples")
+    }
     for name in ("params", "state"):
         assert checkpoint.read_card(tiny.folder)["hashes"][name] == checkpoint.read_card(run.folder)["hashes"][name]
     other = change(tiny, workdir=str(tiny.folder) + "-other", seed=1)
@@ -162,12 +208,19 @@ def test_what_was_saved_is_what_was_evaluated(whole: tuple[Run, dict[str, Any]])
     run, _ = whole
     parts = loop.build(run)
     saved = checkpoint.Checkpoints(run.folder, run.checkpoint)
-    kept = jax.eval_shape(loop._kept, parts.abstract)  # noqa: SLF001
-    found = saved.restore(*jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=jax.NamedSharding(
-        parts.mesh, jax.P())), kept))
+    kept = jax.eval_shape(loop._kept, parts.abstract)
+    found = saved.restore(
+        *jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=jax.NamedSharding(parts.mesh, jax.P())), kept
+        )
+    )
     parts.close()
     assert found is not None
-    assert content_hash(found.params) == content_hash(found.state["opt_state"].average) != content_hash(found.state["params"])
+    assert (
+        content_hash(found.params)
+        == content_hash(found.state["opt_state"].average)
+        != content_hash(found.state["params"])
+    )
     assert content_hash(model.load(run.folder).params) == params_hash(run)
 
 
@@ -185,15 +238,27 @@ def test_complete_run_evaluates_again(whole: tuple[Run, dict[str, Any]], copied:
 def test_more_steps_go_on_elsewhere(copied: Run):
     """Where it runs, how often it tells and saves, and what stops it, are no part of what a run computes."""
     before = lines(copied)
-    result = loop.train(change(copied, steps=14, checkpoint=dict(keep=1, best="", every=5), mesh=dict(data=2, fsdp=4), log_every=2,
-                               data=dict(max_dropped=0.5), optimizer=dict(max_nonfinite=2), eval=dict(every=0)))
+    result = loop.train(
+        change(
+            copied,
+            steps=14,
+            checkpoint=dict(keep=1, best="", every=5),
+            mesh=dict(data=2, fsdp=4),
+            log_every=2,
+            data=dict(max_dropped=0.5),
+            optimizer=dict(max_nonfinite=2),
+            eval=dict(every=0),
+        )
+    )
     assert (result["steps"], result["steps_this_time"]) == (14, 2)
     assert lines(copied)[: len(before)] == before
-    assert [e["step"] for e in lines(copied)[len(before):]] == [14, 14]
+    assert [e["step"] for e in lines(copied)[len(before) :]] == [14, 14]
     assert checkpoint.steps(copied.folder) == [14]
 
 
-def test_damaged_newest_falls_back_and_the_run_goes_on(whole: tuple[Run, dict[str, Any]], copied: Run, caplog: pytest.LogCaptureFixture):
+def test_damaged_newest_falls_back_and_the_run_goes_on(
+    whole: tuple[Run, dict[str, Any]], copied: Run, caplog: pytest.LogCaptureFixture
+):
     newest = copied.folder / "checkpoints" / "12"
     shutil.rmtree(newest)
     newest.mkdir()
@@ -209,14 +274,21 @@ def test_damaged_newest_falls_back_and_the_run_goes_on(whole: tuple[Run, dict[st
     assert checkpoint.steps(copied.folder) == [8, 12]
 
 
-@pytest.mark.parametrize(("changes", "message"), [
-    (dict(optimizer=dict(learning_rate=0.02)), r"\(optimizer.learning_rate is 0.01 there and 0.02 here\): give this one another name or workdir"),
-    (dict(model=dict(dim=32)), r"\(model.dim is 16 there and 32 here\)"),
-    (dict(seed=5), r"\(seed is 0 there and 5 here\)"),
-    (dict(task=NextToken(z_loss=0.1)), r"\(task.z_loss is 0.0 there and 0.1 here\)"),
-    (dict(data=dict(weights=(1.0, 1.0))), r"\(data.weights is \[2.0, 1.0\] there and \[1.0, 1.0\] here\)"),
-    (dict(transforms=(Transform(label="other(1)"),)), r"\(transforms is \[\] there and \[\"other\(1\)\"\] here\)"),
-], ids=lambda x: next(iter(x)) if isinstance(x, dict) else "")
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            dict(optimizer=dict(learning_rate=0.02)),
+            r"\(optimizer.learning_rate is 0.01 there and 0.02 here\): give this one another name or workdir",
+        ),
+        (dict(model=dict(dim=32)), r"\(model.dim is 16 there and 32 here\)"),
+        (dict(seed=5), r"\(seed is 0 there and 5 here\)"),
+        (dict(task=NextToken(z_loss=0.1)), r"\(task.z_loss is 0.0 there and 0.1 here\)"),
+        (dict(data=dict(weights=(1.0, 1.0))), r"\(data.weights is \[2.0, 1.0\] there and \[1.0, 1.0\] here\)"),
+        (dict(transforms=(Transform(label="other(1)"),)), r"\(transforms is \[\] there and \[\"other\(1\)\"\] here\)"),
+    ],
+    ids=lambda x: next(iter(x)) if isinstance(x, dict) else "",
+)
 def test_other_config_in_the_folder(changes: dict[str, Any], message: str, whole: tuple[Run, dict[str, Any]]):
     run = change(whole[0], **changes)
     with pytest.raises(CheckpointError, match=f"{run.folder} holds a run of another config {message}"):
@@ -229,8 +301,11 @@ def test_changed_source_is_refused(tiny: Run, texts: Path, tmp_path: Path, monke
     run = change(tiny, data=dict(sources=(f"text:{own}/a/*.txt", f"text:{own}/b/*.txt")))
     train_until(monkeypatch, run, 9)
     (own / "b" / "00.txt").write_text("another text")
-    with pytest.raises(DataError, match=r"the run cannot continue on the same samples: source text:.*/b/\*.txt has other content .*"
-                                        "set config.checkpoint.allow_changed_data=True"):
+    with pytest.raises(
+        DataError,
+        match=r"the run cannot continue on the same samples: source text:.*/b/\*.txt has other content .*"
+        "set config.checkpoint.allow_changed_data=True",
+    ):
         loop.train(run)
     result = loop.train(change(run, checkpoint=dict(allow_changed_data=True)))
     assert result["steps_this_time"] == 4
@@ -241,16 +316,32 @@ def test_other_worker_count_is_refused(whole: tuple[Run, dict[str, Any]]):
         loop.train(change(whole[0], data=dict(workers=1)))
 
 
-@pytest.mark.parametrize(("changes", "error", "message"), [
-    (dict(model=dict(vocab_size=280)), DataError, "the tokenizer has 300 entries, the model's vocabulary 280: set model.vocab_size=300 or more"),
-    (dict(model=dict(positions="learned", max_length=16)), ConfigError, "batch.length 32 is longer than the model's table of positions"),
-    (dict(mesh=Mesh(data=3)), ConfigError, r"mesh \(data=3.*\) does not divide the 8 devices"),
-    (dict(batch=dict(size=4)), ConfigError, "4 rows do not divide over the 8 devices of mesh axes data and fsdp"),
-    (dict(data=dict(sources=("text:/nowhere/*.txt",), weights=())), DataError, "/nowhere"),
-    (dict(optimizer=dict(name="adamx")), ConfigError, "unknown optimizer 'adamx'"),
-    (dict(optimizer=dict(freeze=("encoder/.*",))), ConfigError, "optimizer.freeze 'encoder/.*' matches no parameter"),
-    (dict(start="/nowhere"), CheckpointError, "no such file or folder: /nowhere"),
-], ids=lambda x: next(iter(x)) if isinstance(x, dict) else "")
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        (
+            dict(model=dict(vocab_size=280)),
+            DataError,
+            "the tokenizer has 300 entries, the model's vocabulary 280: set model.vocab_size=300 or more",
+        ),
+        (
+            dict(model=dict(positions="learned", max_length=16)),
+            ConfigError,
+            "batch.length 32 is longer than the model's table of positions",
+        ),
+        (dict(mesh=Mesh(data=3)), ConfigError, r"mesh \(data=3.*\) does not divide the 8 devices"),
+        (dict(batch=dict(size=4)), ConfigError, "4 rows do not divide over the 8 devices of mesh axes data and fsdp"),
+        (dict(data=dict(sources=("text:/nowhere/*.txt",), weights=())), DataError, "/nowhere"),
+        (dict(optimizer=dict(name="adamx")), ConfigError, "unknown optimizer 'adamx'"),
+        (
+            dict(optimizer=dict(freeze=("encoder/.*",))),
+            ConfigError,
+            "optimizer.freeze 'encoder/.*' matches no parameter",
+        ),
+        (dict(start="/nowhere"), CheckpointError, "no such file or folder: /nowhere"),
+    ],
+    ids=lambda x: next(iter(x)) if isinstance(x, dict) else "",
+)
 def test_what_does_not_fit(changes: dict[str, Any], error: type[Exception], message: str, tiny: Run):
     with pytest.raises(error, match=message):
         loop.train(change(tiny, **changes))
@@ -283,7 +374,9 @@ def test_no_steps_keep_the_model(tiny: Run):
     assert loop.train(run)["steps"] == 0
 
 
-def test_start_from_a_checkpoint(whole: tuple[Run, dict[str, Any]], tiny: Run, texts: Path, monkeypatch: pytest.MonkeyPatch):
+def test_start_from_a_checkpoint(
+    whole: tuple[Run, dict[str, Any]], tiny: Run, texts: Path, monkeypatch: pytest.MonkeyPatch
+):
     """It begins with the evaluated weights and the tokenizer of the other run, and its card names them."""
     parent, _ = whole
     data = dict(sources=(f"text:{texts}/b/*.txt",), weights=(), tokenizer="bpe:270")
@@ -295,18 +388,34 @@ def test_start_from_a_checkpoint(whole: tuple[Run, dict[str, Any]], tiny: Run, t
     after = change(tiny, workdir=str(tiny.folder) + "-after", start=str(parent.folder / "checkpoints" / "12"))
     train_until(monkeypatch, after, 2)
     assert lines(after)[0]["loss"] < lines(parent)[0]["loss"] - 0.5
-    with pytest.raises(CheckpointError, match=r"checkpoint .* is of another shape: '.*' is float32\[.*16.*\] there and float32\[.*32.*\] in this config"):
-        loop.train(change(tiny, workdir=str(tiny.folder) + "-wide", start=str(parent.folder), model=dict(dim=32), steps=0))
+    with pytest.raises(
+        CheckpointError,
+        match=r"checkpoint .* is of another shape: '.*' is float32\[.*16.*\] there and float32\[.*32.*\] in this config",
+    ):
+        loop.train(
+            change(tiny, workdir=str(tiny.folder) + "-wide", start=str(parent.folder), model=dict(dim=32), steps=0)
+        )
 
 
-def test_another_tokenizer_than_the_start_is_told(whole: tuple[Run, dict[str, Any]], tiny: Run, tmp_path: Path, caplog: pytest.LogCaptureFixture):
+def test_another_tokenizer_than_the_start_is_told(
+    whole: tuple[Run, dict[str, Any]], tiny: Run, tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
     other = loop.train(change(tiny, workdir=str(tmp_path / "other"), data=dict(tokenizer="bpe:280"), steps=0))
     with caplog.at_level(logging.WARNING):
-        loop.train(change(tiny, start=str(whole[0].folder), steps=0, data=dict(tokenizer=f"{other['paths']['folder']}/tokenizer.json")))
+        loop.train(
+            change(
+                tiny,
+                start=str(whole[0].folder),
+                steps=0,
+                data=dict(tokenizer=f"{other['paths']['folder']}/tokenizer.json"),
+            )
+        )
     assert any("is not the tokenizer of" in r.getMessage() for r in caplog.records)
 
 
-def test_resumes_without_the_model_it_began_with(whole: tuple[Run, dict[str, Any]], tiny: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_resumes_without_the_model_it_began_with(
+    whole: tuple[Run, dict[str, Any]], tiny: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     parent = tmp_path / "parent"
     shutil.copytree(whole[0].folder / "checkpoints" / "12", parent)
     run = change(tiny, start=str(parent))
@@ -338,6 +447,7 @@ def test_stops_when_too_much_is_lost(tiny: Run):
 
 def blow_up(monkeypatch: pytest.MonkeyPatch, step: int, factor: float) -> None:
     """Let the weights that are trained be multiplied by a factor after a step."""
+
     def build(run: Run) -> Any:
         parts = build_parts(run)
 
@@ -353,12 +463,21 @@ def blow_up(monkeypatch: pytest.MonkeyPatch, step: int, factor: float) -> None:
     monkeypatch.setattr(loop, "build", build)
 
 
-@pytest.mark.parametrize(("factor", "message", "last"), [
-    (1e38, r"step 7: loss or gradient was not finite 3 times in a row \(optimizer.max_nonfinite\); the last checkpoint is step 4", 4),
-    (float("inf"), "step 4: the weights are not finite, so it is not saved; the last checkpoint is step 3", 3),
-], ids=["huge", "infinite"])
-def test_loss_that_is_not_finite(factor: float, message: str, last: int, tiny: Run, monkeypatch: pytest.MonkeyPatch,
-                                 caplog: pytest.LogCaptureFixture):
+@pytest.mark.parametrize(
+    ("factor", "message", "last"),
+    [
+        (
+            1e38,
+            r"step 7: loss or gradient was not finite 3 times in a row \(optimizer.max_nonfinite\); the last checkpoint is step 4",
+            4,
+        ),
+        (float("inf"), "step 4: the weights are not finite, so it is not saved; the last checkpoint is step 3", 3),
+    ],
+    ids=["huge", "infinite"],
+)
+def test_loss_that_is_not_finite(
+    factor: float, message: str, last: int, tiny: Run, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
     run = change(tiny, checkpoint=dict(every=1, best=""), eval=dict(every=0), optimizer=dict(max_nonfinite=3))
     blow_up(monkeypatch, 4, factor)
     with caplog.at_level(logging.WARNING), pytest.raises(NonFiniteError, match=f"{message} in {run.folder}"):
@@ -370,12 +489,16 @@ def test_loss_that_is_not_finite(factor: float, message: str, last: int, tiny: R
     if last == 4:
         assert [None in (e["loss"], e["grad_norm"]) for e in lines(run)] == [False] * 4 + [True] * 3
         assert [e["skipped_in_a_row"] for e in lines(run)] == [0, 0, 0, 0, 1, 2, 3]
-        assert any("step 5 is not saved: its update and 0 before it were skipped" in r.getMessage() for r in caplog.records)
+        assert any(
+            "step 5 is not saved: its update and 0 before it were skipped" in r.getMessage() for r in caplog.records
+        )
 
 
 def test_ends_on_skipped_updates(tiny: Run, monkeypatch: pytest.MonkeyPatch):
     blow_up(monkeypatch, 4, 1e38)
-    with pytest.raises(NonFiniteError, match="step 12: its update was skipped, so it is not saved; the last checkpoint is step 4"):
+    with pytest.raises(
+        NonFiniteError, match="step 12: its update was skipped, so it is not saved; the last checkpoint is step 4"
+    ):
         loop.train(change(tiny, eval=dict(every=0), optimizer=dict(max_nonfinite=100)))
 
 
@@ -399,7 +522,12 @@ def test_command_line(texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture
     assert cli.main(["train", f"--config={file}", "--config.steps=0", "--json"]) == 0
     said = capsys.readouterr()
     assert json.loads(said.out)["steps"] == 0 and "optimizer.learning_rate = 0.01" in said.err
-    assert cli.main(["train", f"--config={file}", f"--config.workdir={tmp_path}/nan", "--config.optimizer.learning_rate=1e38"]) == 2
+    assert (
+        cli.main(
+            ["train", f"--config={file}", f"--config.workdir={tmp_path}/nan", "--config.optimizer.learning_rate=1e38"]
+        )
+        == 2
+    )
     said = capsys.readouterr()
     assert not said.out and "Traceback" not in said.err
     assert [line for line in said.err.splitlines() if line.startswith("error: ")] == said.err.splitlines()[-1:]
@@ -411,7 +539,9 @@ def small_disk(tmp_path: Path):
     """A disk of 8 MB."""
     path = tmp_path / "disk"
     path.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(path)], capture_output=True, text=True, check=False)
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(path)], capture_output=True, text=True, check=False
+    )
     if mounted.returncode:
         pytest.skip(f"mounting a small disk is not permitted: {mounted.stderr.strip()}")
     yield path
@@ -430,8 +560,13 @@ def test_full_disk(whole: tuple[Run, dict[str, Any]], texts: Path, tmp_path: Pat
 
     def command() -> subprocess.CompletedProcess[str]:
         root = Path(loop.__file__).parents[1]
-        return subprocess.run([sys.executable, str(root / "train.py"), f"--config={file}"], capture_output=True, text=True, check=False,
-                              env={**os.environ, "PYTHONPATH": str(root)})
+        return subprocess.run(
+            [sys.executable, str(root / "train.py"), f"--config={file}"],
+            capture_output=True,
+            text=True,
+            check=False,
+            env={**os.environ, "PYTHONPATH": str(root)},
+        )
 
     ballast = small_disk / "ballast"
     free = os.statvfs(small_disk).f_bavail * os.statvfs(small_disk).f_frsize
@@ -439,7 +574,9 @@ def test_full_disk(whole: tuple[Run, dict[str, Any]], texts: Path, tmp_path: Pat
     full = command()
     assert full.returncode == 2, full.stderr
     assert "Traceback" not in full.stderr and "Exception" not in full.stderr
-    assert [line for line in full.stderr.splitlines() if "rror:" in line or " space" in line] == full.stderr.splitlines()[-1:]
+    assert [
+        line for line in full.stderr.splitlines() if "rror:" in line or " space" in line
+    ] == full.stderr.splitlines()[-1:]
     assert full.stderr.splitlines()[-1].startswith(f"error: no space left on the disk of {small_disk}/run")
     known = checkpoint.steps(small_disk / "run")
     assert known and known[-1] < 6

@@ -22,9 +22,17 @@ from llm_jax.transforms import Transform
 def folder(tmp_path_factory, corpus, tokenizer):
     root = tmp_path_factory.mktemp("trained")
     tokenizer.save(root / "tokenizer.json")
-    run = Run(name="tiny", workdir=str(root / "run"), model=ModelConfig(vocab_size=512, max_length=64, layers=2, dim=32, heads=2), task=NextToken(),
-              data=Data(sources=(f"text:{corpus}/*.txt",), tokenizer=str(root / "tokenizer.json"), heldout=0.1, window=64),
-              optimizer=Optimizer(learning_rate=3e-3), steps=4, batch=Batch(size=8, length=64), eval=Eval(prompts=("Fellow citizens",), max_new_tokens=4))
+    run = Run(
+        name="tiny",
+        workdir=str(root / "run"),
+        model=ModelConfig(vocab_size=512, max_length=64, layers=2, dim=32, heads=2),
+        task=NextToken(),
+        data=Data(sources=(f"text:{corpus}/*.txt",), tokenizer=str(root / "tokenizer.json"), heldout=0.1, window=64),
+        optimizer=Optimizer(learning_rate=3e-3),
+        steps=4,
+        batch=Batch(size=8, length=64),
+        eval=Eval(prompts=("Fellow citizens",), max_new_tokens=4),
+    )
     loop.train(run)
     return root / "run"
 
@@ -44,7 +52,9 @@ def test_load_apply_generate(model):
     outputs = llm_jax.apply(model, {"tokens": ids}, hidden_states=True, attentions=True)
     assert outputs.logits.shape == (1, ids.shape[1], 512) and outputs.hidden_states.shape[0] == 2
     np.testing.assert_allclose(np.asarray(outputs.attentions).sum(-1), 1, rtol=1e-5)
-    assert llm_jax.generate(model, "The state", max_new_tokens=3) == llm_jax.generate(model, ["The state"], max_new_tokens=3)
+    assert llm_jax.generate(model, "The state", max_new_tokens=3) == llm_jax.generate(
+        model, ["The state"], max_new_tokens=3
+    )
     assert "tiny" in repr(model)
 
 
@@ -74,7 +84,11 @@ def log_probabilities(model, text):
     """From one whole forward pass and a softmax in NumPy."""
     symbols = [model.tokenizer.bos, *model.tokenizer.encode(text), model.tokenizer.eos]
     logits = np.asarray(llm_jax.apply(model, {"tokens": np.array([symbols[:-1]])}).logits, np.float64)[0]
-    logs = logits - np.log(np.exp(logits - logits.max(-1, keepdims=True)).sum(-1, keepdims=True)) - logits.max(-1, keepdims=True)
+    logs = (
+        logits
+        - np.log(np.exp(logits - logits.max(-1, keepdims=True)).sum(-1, keepdims=True))
+        - logits.max(-1, keepdims=True)
+    )
     return logs[np.arange(len(symbols) - 1), symbols[1:]]
 
 
@@ -100,7 +114,9 @@ def test_evaluation_is_the_mean_over_the_held_out_documents(model, tmp_path, fol
     assert found["tokens"] == len(logs)
     assert found["loss"] == pytest.approx(-logs.mean(), rel=1e-5)
     assert found["perplexity"] == pytest.approx(math.exp(-logs.mean()), rel=1e-4)
-    assert found["bits_per_byte"] == pytest.approx(-logs.sum() / math.log(2) / sum(len(t.encode()) for t in texts), rel=1e-5)
+    assert found["bits_per_byte"] == pytest.approx(
+        -logs.sum() / math.log(2) / sum(len(t.encode()) for t in texts), rel=1e-5
+    )
 
 
 def run_cli(capsys, *arguments):
@@ -111,10 +127,14 @@ def run_cli(capsys, *arguments):
 
 def test_verbs(folder, capsys):
     status, out, _ = run_cli(capsys, "eval", str(folder), "--json")
-    assert status == 0 and json.loads(out)["loss"] == pytest.approx(json.loads((folder / "result.json").read_text())["eval"]["loss"], rel=1e-5)
+    assert status == 0 and json.loads(out)["loss"] == pytest.approx(
+        json.loads((folder / "result.json").read_text())["eval"]["loss"], rel=1e-5
+    )
     status, out, _ = run_cli(capsys, "score", str(folder), "We hold", "--json")
     scored = json.loads(out)
-    assert status == 0 and scored["log_probability"] == pytest.approx(sum(t["log_probability"] for t in scored["tokens"]))
+    assert status == 0 and scored["log_probability"] == pytest.approx(
+        sum(t["log_probability"] for t in scored["tokens"])
+    )
     status, out, _ = run_cli(capsys, "generate", str(folder), "The", "A", "--max-new-tokens=3", "--json")
     assert status == 0 and [r["prompt"] for r in json.loads(out)] == ["The", "A"]
     status, out, _ = run_cli(capsys, "generate", str(folder), "The", "--max-new-tokens=3")
@@ -123,13 +143,16 @@ def test_verbs(folder, capsys):
     assert status == 0 and json.loads(out)["name"] == "tiny"
 
 
-@pytest.mark.parametrize("arguments, message", [
-    (["evl"], "unknown verb 'evl'; did you mean 'eval'?"),
-    (["eval", "/nowhere"], "no such file or folder"),
-    (["generate", "/nowhere", "x", "--temprature=1"], "did you mean '--temperature'"),
-    (["score"], "the following arguments are required: checkpoint, text"),
-    (["train", "--config=none.py"], "no config file none.py"),
-])
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["evl"], "unknown verb 'evl'; did you mean 'eval'?"),
+        (["eval", "/nowhere"], "no such file or folder"),
+        (["generate", "/nowhere", "x", "--temprature=1"], "did you mean '--temperature'"),
+        (["score"], "the following arguments are required: checkpoint, text"),
+        (["train", "--config=none.py"], "no config file none.py"),
+    ],
+)
 def test_a_wrong_command_is_one_line_and_status_2(arguments, message, capsys):
     status, out, err = run_cli(capsys, *arguments)
     assert status == 2 and out == "" and err.count("\n") == 1 and err.startswith("error: ") and message in err

@@ -25,8 +25,12 @@ def piece(length, document=0, encoder=None, **counts):
 
 def stream(documents):
     """Documents by the number of their pieces; none is a dropped one."""
-    made = [Document([piece(3, number, tokens=3, read=i == 0) for i in range(count)]) if count else
-            Document((), pieces.account(read=1, dropped=1), "empty") for number, count in enumerate(documents)]
+    made = [
+        Document([piece(3, number, tokens=3, read=i == 0) for i in range(count)])
+        if count
+        else Document((), pieces.account(read=1, dropped=1), "empty")
+        for number, count in enumerate(documents)
+    ]
     return grain.MapDataset.source(made).to_iter_dataset(INLINE)
 
 
@@ -81,12 +85,12 @@ def source_of(lengths):
 def test_windows_hold_their_pieces_and_at_least_their_rows():
     dataset = Windows(source_of([8] * 10), Packed((8,)), (8,), size=4, seed=0)
     documents = [row.pieces[0].document for row in dataset]
-    assert [sorted(documents[i:i + 4]) for i in (0, 4, 8)] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
+    assert [sorted(documents[i : i + 4]) for i in (0, 4, 8)] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
     assert documents != sorted(documents)
     dataset = Windows(source_of([2] * 20), Packed((8,)), (8,), size=1, rows=2.0, seed=None)
     assert lengths_of(dataset) == [(2, 2, 2, 2)] * 5
     documents = [[p.document for p in row.pieces] for row in dataset]
-    assert [sorted(sum(documents[i:i + 2], [])) for i in (0, 2)] == [list(range(8)), list(range(8, 16))]
+    assert [sorted(sum(documents[i : i + 2], [])) for i in (0, 2)] == [list(range(8)), list(range(8, 16))]
 
 
 @pytest.mark.parametrize("group", [Packed((8,)), Bucketed(((4,), (8,)), 3)])
@@ -128,7 +132,7 @@ def test_buckets_hold_their_rows():
         rows = group(made, rng)
         assert sorted(row.pieces[0].document for row in rows) == list(range(32))
         for i in range(0, 32, 4):
-            batch = rows[i:i + 4]
+            batch = rows[i : i + 4]
             assert len({row.lengths for row in batch}) == 1
             longest = max(row.pieces[0].lengths[0] for row in batch)
             assert batch[0].lengths[0] == min(b for b in (4, 8, 16) if b >= longest)
@@ -136,13 +140,19 @@ def test_buckets_hold_their_rows():
 
 
 def test_collate_gives_each_stream_its_segments():
-    row = collate(Row([piece(2, 5, encoder=1), piece(3, 6, encoder=0), piece(1, 7, encoder=2)], (8, 4)),
-                  {"encoder_tokens": 9})
+    row = collate(
+        Row([piece(2, 5, encoder=1), piece(3, 6, encoder=0), piece(1, 7, encoder=2)], (8, 4)), {"encoder_tokens": 9}
+    )
     said = {name: value.tolist() for name, value in row.items() if name not in ("account", "weights")}
     assert said == {
-        "tokens": [6, 6, 7, 7, 7, 8, 0, 0], "ids": [5, 5, 6, 6, 6, 7, -1, -1],
-        "segment_ids": [1, 1, 2, 2, 2, 3, 0, 0], "positions": [0, 1, 0, 1, 2, 0, 0, 0],
-        "encoder_tokens": [6, 8, 8, 9], "encoder_segment_ids": [1, 3, 3, 0], "encoder_positions": [0, 0, 1, 0]}
+        "tokens": [6, 6, 7, 7, 7, 8, 0, 0],
+        "ids": [5, 5, 6, 6, 6, 7, -1, -1],
+        "segment_ids": [1, 1, 2, 2, 2, 3, 0, 0],
+        "positions": [0, 1, 0, 1, 2, 0, 0, 0],
+        "encoder_tokens": [6, 8, 8, 9],
+        "encoder_segment_ids": [1, 3, 3, 0],
+        "encoder_positions": [0, 0, 1, 0],
+    }
     with pytest.raises(DataError, match="differ in features"):
         collate(Row([piece(2), piece(2, encoder=1)], (8, 4)), {})
 

@@ -81,8 +81,12 @@ class Pairs:
         tokens = tokenizer.encode(record["text"])
         for start, stop in pieces.split_long(tokens, length, long, rng):
             part = tokens[start:stop]
-            yield {"tokens": part, "targets": part, "weights": np.ones(len(part), np.float32),
-                   "encoder_tokens": part[1::2][::-1]}
+            yield {
+                "tokens": part,
+                "targets": part,
+                "weights": np.ones(len(part), np.float32),
+                "encoder_tokens": part[1::2][::-1],
+            }
 
     def row(self, row, tokenizer, rng):
         return row
@@ -144,9 +148,11 @@ def test_arrays_of_a_packed_batch():
     batch = rows[0].batch
     assert set(batch) == {"tokens", "targets", "weights", "segment_ids", "positions"}
     assert {name: (value.shape, str(value.dtype)) for name, value in batch.items()} == {
-        name: ((4, LENGTH), "float32" if name == "weights" else "int32") for name in batch}
-    for tokens, segments, positions, ids in zip(batch["tokens"], batch["segment_ids"], batch["positions"], rows[0].ids,
-                                                strict=True):
+        name: ((4, LENGTH), "float32" if name == "weights" else "int32") for name in batch
+    }
+    for tokens, segments, positions, ids in zip(
+        batch["tokens"], batch["segment_ids"], batch["positions"], rows[0].ids, strict=True
+    ):
         for segment in range(1, segments.max() + 1):
             where = segments == segment
             np.testing.assert_array_equal(positions[where], np.arange(where.sum()))
@@ -156,8 +162,12 @@ def test_arrays_of_a_packed_batch():
 
 
 @settings(max_examples=25, deadline=None)
-@given(st.lists(st.lists(st.integers(0, 90), min_size=1, max_size=12), min_size=1, max_size=3), st.booleans(),
-       st.sampled_from([(), (4, 16)]), st.integers(1, 50))
+@given(
+    st.lists(st.lists(st.integers(0, 90), min_size=1, max_size=12), min_size=1, max_size=3),
+    st.booleans(),
+    st.sampled_from([(), (4, 16)]),
+    st.integers(1, 50),
+)
 def test_each_token_once_in_an_evaluation(corpus, pack, buckets, window):
     if not any(map(sum, corpus)):
         return
@@ -220,6 +230,7 @@ def test_packing_fills_the_rows(kind, low, high):
 def test_resumes_at_every_batch(data):
     def make():
         return loader(mixed(), task=Copy(noise=True), weights=(1.0, 2.5), **data)
+
     states, rows = [], []
     with make() as stream:
         for _ in range(30):
@@ -232,7 +243,7 @@ def test_resumes_at_every_batch(data):
         with make() as fresh:
             fresh.set_state(json.loads(state))
             assert json.dumps(fresh.get_state()) == state
-            for row in rows[at:at + 3]:
+            for row in rows[at : at + 3]:
                 equal(next(fresh), row)
     with make() as fresh:
         fresh.set_state(json.loads(states[0]))
@@ -262,6 +273,7 @@ def test_resumes_an_evaluation_at_every_batch():
 def test_resumes_with_worker_processes():
     def make():
         return loader(mixed(), task=Copy(noise=True), workers=2)
+
     with make() as stream:
         rows, states = [], []
         for _ in range(12):
@@ -272,7 +284,7 @@ def test_resumes_with_worker_processes():
     with make() as fresh:
         for at in (1, 6):
             fresh.set_state(json.loads(states[at]))
-            for row in rows[at:at + 5]:
+            for row in rows[at : at + 5]:
                 equal(next(fresh), row)
     with loader([Memory("a", [10] * 3000)], workers=2) as stream:
         rows = take(stream, 8)
@@ -367,9 +379,11 @@ def test_buckets():
     rows = held([source], pack=False, buckets=(8, 16))
     assert all(len(r.batch["tokens"]) == 4 for r in rows)
     assert sum(r.account[FIELDS.index("rows")] for r in rows) == 300
-    for message, data in (("different shapes", {"count": 2, "buckets": (8,), "pack": False}),
-                          ("set data.pack to False", {"buckets": (8,)}),
-                          ("batch.length is 32", {"buckets": (64,), "pack": False})):
+    for message, data in (
+        ("different shapes", {"count": 2, "buckets": (8,), "pack": False}),
+        ("set data.pack to False", {"buckets": (8,)}),
+        ("batch.length is 32", {"buckets": (64,), "pack": False}),
+    ):
         with pytest.raises(ConfigError, match=message):
             loader([source], **data)
 
@@ -440,17 +454,20 @@ def test_fingerprints_say_what_changed():
     def fingerprint(sources=None, **data):
         with loader(sources or mixed(), **data) as rows:
             return json.loads(json.dumps(rows.fingerprint()))
+
     saved = fingerprint()
     check_fingerprint(saved, fingerprint())
     changed = mixed()
     changed[1] = dataclasses.replace(changed[1], fingerprint="g")
-    for message, now in (("source b has other content", fingerprint(changed)),
-                         (r"the sources were \['a', 'b'\], now \['a'\]", fingerprint(mixed()[:1])),
-                         ("data.workers was 0, now 2", fingerprint(workers=2)),
-                         ("the number of processes was 1, now 2", fingerprint(count=2)),
-                         ("data.window was 40, now 41", fingerprint(window=41)),
-                         ("task was Copy.*noise=True", fingerprint(task=Copy(True))),
-                         ("batch.size was 4, now 8", fingerprint(batch=Batch(8, LENGTH)))):
+    for message, now in (
+        ("source b has other content", fingerprint(changed)),
+        (r"the sources were \['a', 'b'\], now \['a'\]", fingerprint(mixed()[:1])),
+        ("data.workers was 0, now 2", fingerprint(workers=2)),
+        ("the number of processes was 1, now 2", fingerprint(count=2)),
+        ("data.window was 40, now 41", fingerprint(window=41)),
+        ("task was Copy.*noise=True", fingerprint(task=Copy(True))),
+        ("batch.size was 4, now 8", fingerprint(batch=Batch(8, LENGTH))),
+    ):
         with pytest.raises(DataError, match=message + ".*allow_changed_data=True"):
             check_fingerprint(saved, now)
 
