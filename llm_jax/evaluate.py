@@ -53,7 +53,7 @@ def evaluate(
         return {}
     nll = sums.get("nll", sums["total"])
     result = {"loss": sums["total"] / weight, "perplexity": math.exp(min(nll / weight, 700)), "tokens": weight}
-    read = dict(zip(FIELDS, np.sum(gather(account.tolist()), axis=0)))
+    read = dict(zip(FIELDS, np.sum(gather(account.tolist()), axis=0).tolist()))
     if read["bytes"] and read["tokens"] == weight:
         result["bits_per_byte"] = nll / math.log(2) / read["bytes"]
     if "correct" in sums:
