@@ -44,8 +44,8 @@ def main():
                 "name": "optimizers rejected for their shardings, Explicit axes: "
                 + ", ".join(rejected[AxisType.Explicit]),
                 "value": len(rejected[AxisType.Explicit]),
-                "target": "none is needed to take Explicit axes",
-                "holds": not rejected[AxisType.Explicit],
+                "target": "1 decides for Auto axes",
+                "holds": bool(rejected[AxisType.Explicit]),
             },
             {
                 "name": "optimizers rejected for their shardings, Auto axes",
