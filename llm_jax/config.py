@@ -302,24 +302,21 @@ def load(path: str | Path) -> Run:
             for frame in traceback.extract_tb(e.__traceback__)
             if Path(frame.filename) == path.absolute()
         ]
-        raise ConfigError(
-            f"{path}{''.join(lines[-1:])}: {type(e).__name__}: {e}{_suggest_keyword(str(e), vars(module))}"
-        ) from e
+        said = _with_suggestion(str(e), vars(module))
+        raise ConfigError(f"{path}{''.join(lines[-1:])}: {type(e).__name__}: {said}") from e
     if not isinstance(run, Run):
         raise ConfigError(f"{path}: get_config() returned a {type(run).__name__}, not a llm_jax.config.Run")
     _check_types(run, str(path))
     return run
 
 
-def _suggest_keyword(message: str, names: dict[str, Any]) -> str:
-    """The nearest field, where the message is Python's for a record made with an unknown one."""
+def _with_suggestion(message: str, names: dict[str, Any]) -> str:
+    """The message; where it is Python's for a record made with an unknown field, with the nearest one."""
     found = re.match(r"(\w+)\.__init__\(\) got an unexpected keyword argument '(\w+)'", message)
     kind = {**globals(), **names}.get(found[1]) if found else None
-    return (
-        suggest(found[2], [f.name for f in dataclasses.fields(kind)])
-        if found and dataclasses.is_dataclass(kind)
-        else ""
-    )
+    if not found or not dataclasses.is_dataclass(kind):
+        return message
+    return found[0] + suggest(found[2], [f.name for f in dataclasses.fields(kind)])  # newer Pythons suggest one too
 
 
 _WORDS = {int: "a whole number", float: "a number", bool: "True or False", str: "a text", type(None): "None"}

@@ -589,7 +589,7 @@ HESSIAN = pytest.mark.xfail(
 )
 
 
-@pytest.mark.parametrize("name", ["lbfgs", pytest.param("sophia", marks=HESSIAN)])
+@pytest.mark.parametrize("name", [pytest.param("lbfgs", marks=pytest.mark.slow), pytest.param("sophia", marks=HESSIAN)])
 def test_rules_that_evaluate_the_objective_themselves(name):
     """A line search, and products with the Hessian, through the model and the chunked loss, with a part of the model
     frozen.

@@ -14,6 +14,8 @@ from llm_jax.transforms import IDENTITY, chain
 from llm_jax.transforms.accumulate import accumulate
 from llm_jax.transforms.freeze import freeze
 
+FAST = {"xla_backend_optimization_level": 0}
+
 
 def means(found):
     """The objective, its metrics and its gradient: sums over tokens by their weight."""
@@ -76,7 +78,9 @@ def test_on_8_devices(problem, mesh, axes):
     batch = {name: np.concatenate([x, x[::-1]]) for name, x in problem.batch.items()}  # each row twice: the same means
     change = chain(accumulate(2), freeze(["embed/.*"]))
     with jax.set_mesh(here):
-        grad = jax.jit(lambda params, batch: change.grad(problem.grad)(params, batch, jax.random.key(0), {}))
+        grad = jax.jit(
+            lambda params, batch: change.grad(problem.grad)(params, batch, jax.random.key(0), {}), compiler_options=FAST
+        )
         found = grad(jax.device_put(problem.params, placed), sharding.put(batch, here))
     assert found[0].total.sharding.device_set == set(here.devices.flat)
     (loss, gradient), (whole_loss, whole) = means(found), means(problem.whole)

@@ -12,6 +12,7 @@ from llm_jax.step import init_state, make_step
 from llm_jax.transforms import IDENTITY, chain
 from llm_jax.transforms.freeze import freeze
 
+FAST = {"xla_backend_optimization_level": 0}
 FROZEN = ["embed/.*", "decoder/layers/mlp.*", "head/kernel"]
 
 
@@ -53,9 +54,9 @@ def test_two_steps(problem):
     )
     assert tree.size(state.opt_state) - 2 * trained_size < 10, "counters apart"
 
-    step = jax.jit(make_step(problem.loss, change.grad(problem.grad), optimizer))
-    for _ in range(2):
-        state, metrics = step(state, problem.batch)
+    step = jax.jit(make_step(problem.loss, change.grad(problem.grad), optimizer), compiler_options=FAST)
+    state, metrics = step(state, problem.batch)
+    state, _ = step(state, problem.batch)
     whole = problem.whole[1]
     weight = float(problem.whole[0].weight)
     norm = (
@@ -68,8 +69,6 @@ def test_two_steps(problem):
         )
         / weight
     )
-    first = make_step(problem.loss, change.grad(problem.grad), optimizer)
-    _, metrics = jax.jit(first)(init_state(problem.params, optimizer, jax.random.key(0)), problem.batch)
     assert float(metrics["grad_norm"]) == pytest.approx(norm, rel=1e-5)
     for name, new, old in zip(
         tree.names(problem.params), jax.tree.leaves(state.params), jax.tree.leaves(problem.params)
@@ -83,7 +82,7 @@ def test_it_costs_no_gradient(problem):
     """
 
     def work(function):
-        return jax.jit(function).lower(problem.params, problem.batch).compile().cost_analysis()["flops"]
+        return jax.jit(function).lower(problem.params, problem.batch).compile(FAST).cost_analysis()["flops"]
 
     forward = work(lambda params, batch: problem.loss(params, batch, None, {}).total)
     everything = work(lambda params, batch: problem.grad(params, batch, None, {}))
