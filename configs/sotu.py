@@ -28,7 +28,7 @@ def get_config() -> Run:
         data=Data(sources=("asset:sotu",), tokenizer="bpe:4096", heldout=0.05, window=16384),
         optimizer=Optimizer(name="muon", learning_rate=0.03, weight_decay=0.1),
         schedule=Schedule(name="linear", warmup=50, final=0.0),
-        steps=2400,
+        steps=3200,
         batch=Batch(size=8, length=256),
         checkpoint=Checkpoint(every=400),
         eval=Eval(
