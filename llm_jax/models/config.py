@@ -7,7 +7,7 @@ from llm_jax.errors import ConfigError, choose
 ARCHITECTURES = ("encoder", "decoder", "encoder-decoder")
 ACTIVATIONS = ("relu", "gelu", "gelu_tanh", "silu")
 MLPS = ACTIVATIONS + tuple(f"gated_{name}" for name in ACTIVATIONS)
-POSITIONS = ("none", "sinusoidal", "learned", "rotary", "relative")
+POSITIONS = ("none", "sinusoidal", "sinusoidal_split", "learned", "rotary", "relative")
 HEADS = ("none", "lm", "mlm", "classification", "span")
 REMAT = ("none", "full", "dots")
 
@@ -51,7 +51,9 @@ class ModelConfig:
     norm_epsilon: float = 1e-5
     """added to the variance"""
     positions: str = "rotary"
-    """none, sinusoidal, learned, rotary or relative (buckets of T5)"""
+    """none, sinusoidal, sinusoidal_split (sines before cosines, as in Marian), learned, rotary or relative (buckets of T5)"""
+    position_offset: int = 0
+    """learned: rows of the table before that of the first token; 2 in RoBERTa"""
     rotary_base: float = 10000.0
     """rotary: base of the wavelengths"""
     relative_buckets: int = 32
@@ -107,7 +109,7 @@ class ModelConfig:
         for name in ("vocab_size", "max_length", "layers", "dim", "heads", "labels", "image_size"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"model.{name} is {getattr(self, name)}: it must be at least 1")
-        for name in ("decoder_layers", "kv_heads", "head_dim", "mlp_dim", "token_types", "patch_size"):
+        for name in ("decoder_layers", "kv_heads", "head_dim", "mlp_dim", "token_types", "patch_size", "position_offset"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"model.{name} is {getattr(self, name)}: it must not be negative")
         if not self.head_dim and self.dim % self.heads:
@@ -118,7 +120,7 @@ class ModelConfig:
             raise ConfigError(f"model.heads {self.heads} is not a multiple of model.kv_heads {self.kv_heads}")
         if self.positions == "rotary" and self.head_size % 2:
             raise ConfigError(f"rotary positions need an even head size, not {self.head_size}")
-        if self.positions == "sinusoidal" and self.dim % 2:
+        if self.positions.startswith("sinusoidal") and self.dim % 2:
             raise ConfigError(f"sinusoidal positions need an even model.dim, not {self.dim}")
         if not 0 <= self.dropout < 1:
             raise ConfigError(f"model.dropout is {self.dropout}: it must lie in [0, 1)")

@@ -17,7 +17,7 @@ class Outputs(NamedTuple):
     hidden: Float[Array, "B S D"]
     """last hidden state as the head reads it; (B, M, D) where the batch names M positions to predict"""
     logits: Array | None
-    """(B, S, V), (B, M, V), (B, labels) or (B, S, 2), by the head"""
+    """(B, S, V), (B, M, V), (B, labels), (B, M, labels) or (B, S, 2), by the head and by whether the batch names M positions"""
     kernel: Float[Array, "V D"] | None = None
     bias: Float[Array, " V"] | None = None
     hidden_states: Float[Array, "L B S D"] | None = None
@@ -53,21 +53,27 @@ class Head(nn.Module):
         return Outputs(x, self.product("classification", dropout(first, c.dropout, key), c.labels))
 
     def product(self, name: str, x: Float[Array, "... D"], labels: int) -> Float[Array, "... C"]:
-        """x W + b in float32; without b in a model without biases."""
+        """x W + b in float32; a decoder's class scores have no b (Llama, GPT-2)."""
         kernel = parameter(self, name, (self.config.dim, labels), ("embed", "labels"))
         y = jnp.einsum("...d,dc->...c", x, kernel.astype(x.dtype), preferred_element_type=jnp.float32)
-        if self.config.bias == "all":
+        if name == "span" or self.config.architecture != "decoder":
             y = y + parameter(self, f"{name}_bias", (labels,), ("labels",), value=0.0)
         return y
 
-    def summary(self, x: Float[Array, "B S D"], batch: dict[str, Any]) -> Float[Array, "B D"]:
-        """The first token of an encoder, the last real token of a decoder."""
-        if self.config.architecture == "encoder" or batch.get("segments") is None:
-            return x[:, 0]
-        last = jnp.sum(batch["segments"] > 0, axis=1) - 1
-        return jnp.take_along_axis(x, last[:, None, None], axis=1)[:, 0]
+    def summary(self, x: Float[Array, "B S D"], batch: dict[str, Any]) -> Float[Array, "B D"] | Float[Array, "B M D"]:
+        """The first token of an encoder, the last real token of a decoder; those of M examples a row where `predict` says where each begins."""
+        encoder, segments, first = self.config.architecture == "encoder", batch.get("segments"), batch.get("predict")
+        if first is None:
+            if encoder or segments is None:
+                return x[:, 0]
+            last = jnp.sum(segments > 0, axis=1) - 1
+            return jnp.take_along_axis(x, last[:, None, None], axis=1)[:, 0]
+        if not encoder:
+            own = jnp.take_along_axis(segments, first, axis=1)
+            first = jnp.max(jnp.where(segments[:, None] == own[..., None], jnp.arange(x.shape[1]), 0), axis=-1)
+        return jnp.take_along_axis(x, first[..., None], axis=1)
 
-    def pool(self, x: Float[Array, "B S D"], batch: dict[str, Any]) -> Float[Array, "B D"]:
+    def pool(self, x: Float[Array, "B S D"], batch: dict[str, Any]) -> Float[Array, "B D"] | Float[Array, "B M D"]:
         """act(x_first W + b) (BERT, section 3.1)."""
         c = self.config
         kernel = parameter(self, "pooler", (c.dim, c.dim), ("embed", "hidden"), fan_in=c.dim)

@@ -59,15 +59,18 @@ def parameter(
     return cast(Array, module.param(name, lambda *args: Named(init(*args), names=axes), shape, jnp.float32))
 
 
-def sinusoidal(positions: Int[Array, "B S"], dim: int) -> Float[Array, "B S D"]:
+def sinusoidal(positions: Int[Array, "B S"], dim: int, split: bool = False) -> Float[Array, "B S D"]:
     """sin(p / 10000^(2i/D)) at index 2i and cos of the same at 2i + 1 ('Attention is all you need', section 3.5).
+
+    `split` puts them at i and D/2 + i, as Marian does.
 
     >>> sinusoidal(jnp.zeros((1, 1), int), 4).tolist()
     [[[0.0, 1.0, 0.0, 1.0]]]
     """
     rates = jnp.asarray(10000.0 ** (-np.arange(0, dim, 2) / dim), jnp.float32)
     angles = positions[..., None].astype(jnp.float32) * rates
-    return jnp.stack([jnp.sin(angles), jnp.cos(angles)], axis=-1).reshape(*positions.shape, dim)
+    pair = [jnp.sin(angles), jnp.cos(angles)]
+    return jnp.concatenate(pair, -1) if split else jnp.stack(pair, -1).reshape(*positions.shape, dim)
 
 
 def rotary(x: Float[Array, "B S H E"], positions: Int[Array, "B S"], base: float) -> Float[Array, "B S H E"]:
@@ -116,7 +119,7 @@ def unstack(stacked: Any, depth: int) -> tuple[Any, ...]:
 
 
 unstack.defvjp(
-    lambda stacked, depth: (unstack(stacked, depth), None),
+    lambda stacked, depth: (unstack.fun(stacked, depth), None),  # of the function itself, so that forward mode goes through
     lambda depth, _, each: (jax.tree.map(lambda *leaves: jnp.stack(leaves), *each),),
 )
 
@@ -310,7 +313,7 @@ class Embedding(nn.Module):
             scale = c.dim if c.embedding_scale else 1 if c.logits_scale else None
             self.tokens = parameter(self, "tokens", (c.vocab_size, c.dim), ("vocab", "embed"), fan_in=scale)
         if c.positions == "learned":
-            rows = c.patches + 1 if c.patch_size else c.max_length
+            rows = c.patches + 1 if c.patch_size else c.max_length + c.position_offset
             self.positions = parameter(self, "positions", (rows, c.dim), ("positions", "embed"))
         if c.token_types:
             self.types = parameter(self, "types", (c.token_types, c.dim), ("types", "embed"))
@@ -339,9 +342,9 @@ class Embedding(nn.Module):
         if c.embedding_scale:
             x = x * c.dim**0.5
         if c.positions == "learned":
-            x = x + self.positions[positions].astype(dtype)
-        elif c.positions == "sinusoidal":
-            x = x + sinusoidal(positions, c.dim).astype(dtype)
+            x = x + self.positions[positions + c.position_offset].astype(dtype)
+        elif c.positions.startswith("sinusoidal"):
+            x = x + sinusoidal(positions, c.dim, c.positions == "sinusoidal_split").astype(dtype)
         if c.token_types:
             x = x + self.types[jnp.zeros_like(positions) if types is None else types].astype(dtype)
         if c.embedding_norm:

@@ -38,9 +38,14 @@ def bert(**changes: Any) -> ModelConfig:
 
 
 def roberta(**changes: Any) -> ModelConfig:
-    """RoBERTa-base: 124.05M without a head; its classifier's dense layer is the pooler (Liu et al. 2019)."""
+    """RoBERTa-base: 124.06M without a head; its classifier's dense layer is the pooler (Liu et al. 2019)."""
     return bert(
-        **{**dict(vocab_size=50265, max_length=512, norm_epsilon=1e-5, token_types=1, pooler="none"), **changes}
+        **{
+            **dict(
+                vocab_size=50265, max_length=512, position_offset=2, norm_epsilon=1e-5, token_types=1, pooler="none"
+            ),
+            **changes,
+        }
     )
 
 
@@ -136,7 +141,7 @@ def marian(**changes: Any) -> ModelConfig:
                 mlp="silu",
                 norm="layer",
                 norm_place="post",
-                positions="sinusoidal",
+                positions="sinusoidal_split",
                 bias="all",
                 embedding_scale=True,
                 logits_bias=True,
