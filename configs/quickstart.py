@@ -1,6 +1,8 @@
 """A small decoder learns the State of the Union addresses, 1790 to 2026.
 
 python train.py --config=configs/quickstart.py
+
+Two and a half minutes on two idle cores: 1.419 held-out bits a byte.
 """
 
 from llm_jax.config import Batch, Data, Eval, Optimizer, Run, Schedule
