@@ -18,6 +18,9 @@ from llm_jax.models.config import ModelConfig
 
 Card = dict[str, Any]
 
+ORIGINS = ("huggingface", "gguf")
+"""Entries that a model from elsewhere hands on to what is made of it."""
+
 LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tokenizers", "numpy")
 
 
@@ -55,15 +58,15 @@ def library_versions() -> dict[str, str]:
 
 
 def make_card(
-    run: configs.Run, model: ModelConfig, mesh: jax.sharding.Mesh, parents: list[str], sources: Any, **counts: Any
+    run: configs.Run, model: ModelConfig, mesh: jax.sharding.Mesh, inherited: Card, sources: Any, **counts: Any
 ) -> Card:
-    """The card of a run at some point, whose weights are of the sizes `model`: `counts` are step, tokens, operations and results."""
+    """The card of a run at some point, whose weights are of the sizes `model`; `inherited` names its parents, `counts` are step, tokens, operations and results."""
     plain = configs.to_dict(run)
     return {
         "name": run.name,
         "config": plain,
         "model": configs.to_dict(model),
-        "parents": parents,
+        **inherited,
         "transforms": plain["transforms"],
         "sources": sources,
         "seed": run.seed,

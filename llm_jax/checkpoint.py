@@ -25,6 +25,7 @@ from llm_jax import tree
 from llm_jax.card import Card, content_hash
 from llm_jax.config import Checkpoint
 from llm_jax.errors import CheckpointError, UserError
+from llm_jax.metrics import rising
 
 log = logging.getLogger(__name__)
 
@@ -86,6 +87,11 @@ def _mismatch(saved: dict[str, str], wanted: dict[str, str]) -> str:
     return ""
 
 
+def difference(found: Any, wanted: Any) -> str:
+    """The first array of a tree that has another type or shape than is wanted, in words; empty if there is none."""
+    return _mismatch(_described(found), _described(wanted))
+
+
 def _texts(path: Path) -> dict[str, str]:
     """The text files of a checkpoint. Raises OSError or ValueError when one is missing or not what was written."""
     folder = path / "about"
@@ -128,7 +134,7 @@ def steps(folder: Path) -> list[int]:
 
 
 def find(path: Path) -> Path:
-    """The folder of the newest checkpoint below `path`, a checkpoint or a run's folder.
+    """The checkpoint that `path` stands for: itself, or of a run's folder the newest, in a run with eval.patience the best.
 
     Raises:
         CheckpointError: there is none.
@@ -137,9 +143,20 @@ def find(path: Path) -> Path:
     if (path / "about").is_dir():
         return path
     for step in reversed(steps(path)):
-        if (path / "checkpoints" / str(step) / "about").is_dir():
-            return path / "checkpoints" / str(step)
+        newest = path / "checkpoints" / str(step)
+        if (newest / "about").is_dir():
+            return _best(newest) or newest
     raise CheckpointError(f"no checkpoint in {path}" if path.exists() else f"no such file or folder: {path}")
+
+
+def _best(newest: Path) -> Path | None:
+    """The checkpoint that a run with patience ends with, as its newest one knows it; None for other runs."""
+    try:
+        card = json.loads(_texts(newest)["card.json"])
+        best = newest.with_name(str(card["best"]["step"]))
+        return best if card["config"]["eval"]["patience"] and (best / "about").is_dir() else None
+    except (OSError, ValueError, KeyError, TypeError):  # damaged, or of a model that no run made: told when it is read
+        return None
 
 
 def read_texts(path: Path) -> dict[str, str]:
@@ -320,14 +337,15 @@ class Checkpoints:
     def _prune(self) -> None:
         known = steps(self.root.parent)
         scores = {step: score for step in known if math.isfinite(score := self._score(step))}
-        kept = {*known[-self.settings.keep :], *sorted(scores, key=lambda step: scores[step])[:1]}
+        sign = -1 if self.settings.best and rising(self.settings.best) else 1
+        kept = {*known[-self.settings.keep :], *sorted(scores, key=lambda step: sign * scores[step])[:1]}
         for step in set(known) - kept:
             gone = _free_name(self.root / f"{step}.removing")
             (self.root / str(step)).rename(gone)
             shutil.rmtree(gone, ignore_errors=True)
 
     def _score(self, step: int) -> float:
-        """The held-out metric of a checkpoint at its own step, by which the best is kept; infinite where there is none."""
+        """The held-out metric of a checkpoint at its own step, by which the best is kept; not finite where there is none."""
         try:
             results = read_card(self.root / str(step))["results"]
         except (CheckpointError, KeyError):

@@ -40,11 +40,13 @@ class Data:
     """Where text comes from and how it becomes rows."""
 
     sources: tuple[str, ...] = ()
-    """tfds:NAME, text:GLOB, jsonl:GLOB, parquet:GLOB or asset:NAME, mixed by the weights"""
+    """tfds:NAME, text:GLOB, jsonl:GLOB, csv:GLOB, parquet:GLOB or asset:NAME, mixed by the weights"""
     weights: tuple[float, ...] = ()
     """share of the pieces drawn from each source; empty for shares in proportion to their documents"""
     heldout: float = 0.05
     """share of the documents kept apart for evaluation when heldout_sources is empty"""
+    group: str = ""
+    """field whose equal values stay on one side of the split; empty splits by document"""
     heldout_sources: tuple[str, ...] = ()
     """sources of the documents for evaluation"""
     tokenizer: str = "bpe:4096"
@@ -115,6 +117,8 @@ class Optimizer:
     """largest global norm of the gradient; 0 for no clipping"""
     multipliers: tuple[tuple[str, float], ...] = ()
     """(regex, factor): the update of matching parameters is scaled; the first match counts"""
+    layer_decay: float = 1.0
+    """factor of the update for each layer further below the head; 1 for equal rates"""
     freeze: tuple[str, ...] = ()
     """regexes of parameters that are not trained"""
     moving_average: float = 0.0
@@ -125,6 +129,8 @@ class Optimizer:
     def __post_init__(self):
         positive(self, "optimizer", "learning_rate", "weight_decay", "clip", least=0)
         positive(self, "optimizer", "max_nonfinite")
+        if not 0 < self.layer_decay <= 1:
+            raise ConfigError(f"optimizer.layer_decay is {self.layer_decay}: it must lie in (0, 1]")
         if not 0 <= self.moving_average < 1:
             raise ConfigError(f"optimizer.moving_average is {self.moving_average}: it must lie in [0, 1)")
         for regex in (*self.freeze, *(name for name, _ in self.multipliers)):
@@ -182,7 +188,7 @@ class Checkpoint:
     keep: int = 2
     """newest checkpoints kept"""
     best: str = "loss"
-    """held-out metric, smaller is better, whose best checkpoint is kept too; empty for none"""
+    """held-out metric whose best checkpoint is kept too, e.g. loss or accuracy; empty for none"""
     allow_changed_data: bool = False
     """resume although a source's content or the number of workers changed"""
 
@@ -198,6 +204,8 @@ class Eval:
     """steps between evaluations; 0 for the last step alone"""
     batches: int = 0
     """batches of each but the last evaluation; 0 for all"""
+    patience: int = 0
+    """evaluations in a row without a better checkpoint.best after which the run ends; 0 for none"""
     prompts: tuple[str, ...] = ()
     """texts continued at the end of the run"""
     max_new_tokens: int = 64
@@ -206,7 +214,7 @@ class Eval:
     """the task as it is evaluated, e.g. NextToken(overlap=128); None for the run's own"""
 
     def __post_init__(self):
-        positive(self, "eval", "every", "batches", "max_new_tokens", least=0)
+        positive(self, "eval", "every", "batches", "patience", "max_new_tokens", least=0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -218,14 +226,17 @@ class Run:
     """folder of the results; empty for runs/NAME"""
     seed: int = 0
     start: str = "fresh"
-    """fresh, or the path of a checkpoint or of a run's folder"""
-    model: ModelConfig = ModelConfig()
+    """fresh, or the path of a checkpoint, a run's folder, a Hugging Face directory or a GGUF file, or asset:NAME"""
+    model: ModelConfig | None = None
+    """sizes; None for those of the model it starts from, or, where that is fresh, the defaults"""
     transforms: tuple[Any, ...] = ()
     task: Any = None
     data: Data = Data()
     optimizer: Optimizer = Optimizer()
     schedule: Schedule = Schedule()
     steps: int = 1000
+    epochs: float = 0.0
+    """passes over the training documents in place of steps; 0 for steps. They are read once beforehand, to count their rows"""
     batch: Batch = Batch()
     mesh: Mesh = Mesh()
     checkpoint: Checkpoint = Checkpoint()
@@ -234,7 +245,7 @@ class Run:
     """steps between lines of metrics.jsonl"""
 
     def __post_init__(self):
-        positive(self, "run", "steps", least=0)
+        positive(self, "run", "steps", "epochs", least=0)
         positive(self, "run", "log_every")
         if self.task is None:
             raise ConfigError("run.task is not set: name one of llm_jax.tasks, e.g. NextToken()")

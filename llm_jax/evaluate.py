@@ -4,15 +4,17 @@ import dataclasses
 import functools
 import itertools
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
 from llm_jax import config, losses, model, sharding, tasks
+from llm_jax.card import Card
 from llm_jax.data.accounting import FIELDS
 from llm_jax.data.documents import open_sources
-from llm_jax.data.pipeline import Loader
+from llm_jax.data.pipeline import Loader, Rows
 from llm_jax.data.tokenizer import Tokenizer
 from llm_jax.errors import CheckpointError, UserError
 from llm_jax.losses import LossFn
@@ -20,15 +22,20 @@ from llm_jax.models.config import ModelConfig
 from llm_jax.models.transformer import apply
 from llm_jax.platform import gather
 from llm_jax.sharding import put
+from llm_jax.tasks.base import Judged, Judgement
 from llm_jax.tasks.next_token import document
 
 
-def make_eval_step(loss: LossFn):
-    """(params, batch, reference) -> sums over the batch's tokens, without dropout or smoothing."""
+def make_eval_step(loss: LossFn, task: Any = None):
+    """(params, batch, reference) -> (sums over the batch, outcomes of its examples), without dropout or smoothing.
 
-    def eval_step(params: Any, batch: Any, reference: Any) -> dict[str, Any]:
+    The outcomes are those of a task that is `Judged`, of the one forward pass; else there are none.
+    """
+
+    def eval_step(params: Any, batch: Any, reference: Any) -> tuple[dict[str, Any], dict[str, Any]]:
         found = loss(params, batch, None, reference)
-        return {"total": found.total, "weight": found.weight, **found.metrics}
+        outcomes = task.outcome(found.outputs, batch) if isinstance(task, Judged) else {}
+        return {"total": found.total, "weight": found.weight, **found.metrics}, outcomes
 
     return jax.jit(eval_step)
 
@@ -36,29 +43,65 @@ def make_eval_step(loss: LossFn):
 def evaluate(
     eval_step: Any, params: Any, loader: Loader, mesh: jax.sharding.Mesh, reference: Any = None, batches: int = 0
 ) -> dict[str, float]:
+    """The figures of `judge` without a task."""
+    return judge(eval_step, params, loader, mesh, reference, batches)[0]
+
+
+def judge(
+    eval_step: Any,
+    params: Any,
+    loader: Loader,
+    mesh: jax.sharding.Mesh,
+    reference: Any = None,
+    batches: int = 0,
+    task: Any = None,
+) -> tuple[dict[str, float], Judgement | None]:
     """Loss a token, perplexity, bits a byte of text and accuracy over the loader's rows (the first `batches`, or all).
 
-    Bits a byte are given where each token of the text is predicted once. The loader is put back to where it was.
+    Bits a byte are given where each token of the text is predicted once. Where a `Judged` task is given, the figures are its
+    judgement's beside the loss. The loader is put back to where it was.
     """
     begin = loader.get_state()
     sums: dict[str, float] = {}
     account = np.zeros(len(FIELDS))
+    outcomes: list[dict[str, np.ndarray]] = []
     for rows in itertools.islice(loader, batches or None):
         account += rows.account
-        for name, value in jax.device_get(eval_step(params, put(rows.batch, mesh), reference or {})).items():
+        found, each = eval_step(params, put(rows.batch, mesh), reference or {})
+        for name, value in jax.device_get(found).items():
             sums[name] = sums.get(name, 0.0) + float(value)
+        if task is not None and each:
+            outcomes.append(_examples(each, rows))
     loader.set_state(begin)
     weight = sums.pop("weight", 0.0)
     if not weight:
-        return {}
+        return {}, None
+    judgement = None
+    if outcomes:
+        judgement = task.judge({name: np.concatenate([each[name] for each in outcomes]) for name in outcomes[0]})
     nll = sums.get("nll", sums["total"])
+    if judgement is not None:
+        return {"loss": sums["total"] / weight, **judgement.metrics, "examples": len(judgement.examples)}, judgement
     result = {"loss": sums["total"] / weight, "perplexity": math.exp(min(nll / weight, 700)), "tokens": weight}
     read = dict(zip(FIELDS, np.sum(gather(account.tolist()), axis=0).tolist()))
     if read["bytes"] and read["tokens"] == weight:
         result["bits_per_byte"] = nll / math.log(2) / read["bytes"]
     if "correct" in sums:
         result["accuracy"] = sums["correct"] / weight
-    return result
+    return result, None
+
+
+def _examples(outcomes: dict[str, Any], rows: Rows) -> dict[str, np.ndarray]:
+    """The outcomes (B, M, ...) of a batch as (N, ...) arrays of its examples, with the documents they are of; of all processes."""
+    documents = np.take_along_axis(rows.ids, rows.batch["predict"], axis=1)
+    found = {**outcomes, "documents": documents}
+    if jax.process_count() > 1:
+        from jax.experimental import multihost_utils
+
+        found = {name: multihost_utils.process_allgather(x, tiled=True) for name, x in found.items()}
+    found = jax.device_get(found)
+    there = found["weights"] > 0
+    return {name: x[there] for name, x in found.items()}
 
 
 def score(sizes: ModelConfig, params: Any, tokenizer: Tokenizer, text: str) -> list[tuple[str, float]]:
@@ -93,6 +136,19 @@ def _log_probabilities(sizes: ModelConfig, params: Any, tokens: Any, targets: An
     return losses.log_probabilities(apply(sizes, params, {"tokens": tokens}, logits=False), targets)
 
 
+def saved_run(card: Card, where: Any) -> tuple[Any, config.Data, config.Batch]:
+    """The task as it is evaluated, the data and the batch of the run that a card tells of. Raises CheckpointError where it tells of none."""
+    try:
+        saved = card["config"]
+        task = tasks.from_dict(saved["eval"]["task"] or saved["task"])
+        plain: dict[str, Any] = {
+            name: tuple(map(_tuple, x)) if isinstance(x, list) else x for name, x in saved["data"].items()
+        }
+        return task, config.Data(**plain), config.Batch(**saved["batch"])
+    except (KeyError, TypeError) as e:
+        raise CheckpointError(f"the card of {where} describes no run of this version ({e})") from e
+
+
 def evaluate_checkpoint(path: str, sources: tuple[str, ...] = (), length: int = 0, rows: int = 0) -> dict[str, float]:
     """The `evaluate` figures of a checkpoint's task: on the documents its run held out, or on all documents of other sources.
 
@@ -104,16 +160,8 @@ def evaluate_checkpoint(path: str, sources: tuple[str, ...] = (), length: int = 
         raise CheckpointError(f"the card of {path} names no run, so its task is not known")
     if loaded.tokenizer is None:
         raise CheckpointError(f"checkpoint {path} has no tokenizer")
-    saved = loaded.card["config"]
-    try:
-        task = tasks.from_dict(saved["eval"]["task"] or saved["task"])
-        plain: dict[str, Any] = {
-            name: tuple(map(_tuple, x)) if isinstance(x, list) else x for name, x in saved["data"].items()
-        }
-        data = config.Data(**plain)
-        batch = config.Batch(size=rows or saved["batch"]["size"], length=length or saved["batch"]["length"])
-    except (KeyError, TypeError) as e:
-        raise CheckpointError(f"the card of {path} describes no run of this version ({e})") from e
+    task, data, batch = saved_run(loaded.card, path)
+    batch = dataclasses.replace(batch, size=rows or batch.size, length=length or batch.length, accumulate=1)
     if sources:
         data = dataclasses.replace(data, heldout_sources=sources)
     if loaded.config.positions == "learned" and batch.length > loaded.config.max_length:
@@ -125,7 +173,63 @@ def evaluate_checkpoint(path: str, sources: tuple[str, ...] = (), length: int = 
         Loader(open_sources(data, "heldout"), loaded.tokenizer, task, data, batch, 0, "heldout") as loader,
         jax.set_mesh(mesh),
     ):
-        return evaluate(make_eval_step(task.loss(loaded.config)), loaded.params, loader, mesh)
+        step = make_eval_step(task.loss(loaded.config), task)
+        return judge(step, loaded.params, loader, mesh, task=task)[0]
+
+
+class _Texts:
+    """Records that are in memory, as a source."""
+
+    spec = "the texts given"
+    fingerprint = ""
+
+    def __init__(self, records: list[dict[str, Any]]):
+        self._records = records
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return self._records[index]
+
+
+def predict(loaded: model.Model, texts: Sequence[str], pairs: Sequence[str] = ()) -> list[dict[str, Any]]:
+    """The class and the probabilities of each text, or of each pair of texts, by a model that was trained to classify.
+
+    Raises:
+        UserError: a model of another task, or texts and pairs that do not go together.
+    """
+    task, data, batch = saved_run(loaded.card, "this model")
+    if not isinstance(task, tasks.Classification):
+        raise UserError(
+            f"this model was trained on {type(task).__name__}: predict needs one that was trained to classify"
+        )
+    if loaded.tokenizer is None:
+        raise UserError("this model has no tokenizer")
+    if len(pairs) != (len(texts) if task.pair else 0):
+        raise UserError(
+            f"this model classifies {'pairs of texts: give each a second one' if task.pair else 'single texts'}"
+        )
+    records = [
+        {"id": f"text {i + 1}", data.text: text, task.label: 0, **({task.pair: pairs[i]} if task.pair else {})}
+        for i, text in enumerate(texts)
+    ]
+    data = dataclasses.replace(data, heldout_sources=("texts:",), group="", heldout=0.0)
+    mesh = sharding.make_mesh()
+    with (
+        Loader([_Texts(records)], loaded.tokenizer, task, data, batch, 0, "heldout") as loader,
+        jax.set_mesh(mesh),
+    ):
+        step = make_eval_step(task.loss(loaded.config), task)
+        judgement = judge(step, loaded.params, loader, mesh, task=task)[1]
+    assert judgement is not None
+    answers = {example["document"]: example for example in judgement.examples}
+    return [
+        {"text": text, "label": answers[i]["predicted"], "probabilities": answers[i]["probabilities"]}
+        if i in answers
+        else {"text": text, "label": None, "probabilities": {}}
+        for i, text in enumerate(texts)
+    ]
 
 
 def _tuple(x: Any) -> Any:

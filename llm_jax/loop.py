@@ -14,14 +14,16 @@ import jax
 import jax.numpy as jnp
 
 from llm_jax import card as cards
-from llm_jax import checkpoint, evaluate, flops, generation, optim, sharding, step
+from llm_jax import checkpoint, evaluate, flops, optim, results, sharding, step
 from llm_jax import log as logs
 from llm_jax.config import Run, show, to_dict
-from llm_jax.data.accounting import Accounting
+from llm_jax.data.accounting import FIELDS, Accounting
 from llm_jax.data.pipeline import check_fingerprint
 from llm_jax.errors import CheckpointError, NonFiniteError, choose
+from llm_jax.metrics import rising
 from llm_jax.parts import Parts, build, describe
 from llm_jax.platform import gather, setup
+from llm_jax.tasks.base import Judgement
 
 log = logging.getLogger(__name__)
 
@@ -111,6 +113,9 @@ class _Session:
         self.lead = jax.process_index() == 0
         self.saved = checkpoint.Checkpoints(self.run.folder, self.run.checkpoint)
         self.results: dict[str, Any] = {}
+        self.best: dict[str, Any] = {"value": None, "step": 0, "stale": 0}
+        self.judgement: Judgement | None = None
+        self.final: Any = None
         self.pending: list[tuple[int, Any, dict[str, Any]]] = []
         self.state = self._begin()
         self.start = self.at = int(self.state.step)
@@ -134,13 +139,14 @@ class _Session:
         self.resumed = found is not None
         if found is None:
             self.accounting, self.counts = Accounting(), {"tokens": 0.0, "flops": 0.0}
-            state, self.parents = parts.init()
+            state, self.inherited = parts.init()
             return state
         places = found.data["loader"]
         parts.train.set_state(places[jax.process_index() % len(places)])
         self.accounting = Accounting(found.data["accounting"] if self.lead else None)
         self.counts = {name: found.card[name] for name in ("tokens", "flops")}
-        self.results, self.parents = found.card["results"], found.card["parents"]
+        self.results, self.best = found.card["results"], found.card["best"]
+        self.inherited = {name: found.card[name] for name in ("parents", *cards.ORIGINS) if name in found.card}
         return step.TrainState(**{"params": found.params, **found.state})
 
     def carry_out(self, begin: float) -> dict[str, Any]:
@@ -150,25 +156,34 @@ class _Session:
             self.metrics.say(f"{show(run)}\n{describe(self.parts)}")
             if self.resumed:
                 self.metrics.say(f"resuming {run.folder} at step {self.start}")
-            while self.at < run.steps:
+            while not self.ended:
                 self.one_step()
                 last = self.at == run.steps
                 if last or (run.eval.every and self.at % run.eval.every == 0):
-                    self.evaluate(0 if last else run.eval.batches)
-                if last or self.at % run.checkpoint.every == 0:
+                    self.evaluate(0 if last and not run.eval.patience else run.eval.batches)
+                improved = run.eval.patience and self.best["step"] == self.at
+                if self.ended or improved or self.at % run.checkpoint.every == 0:
                     self.save()
-            if self.at == self.start:
+            if self.at == self.start and not run.eval.patience:
                 self.evaluate(0)
-                if not self.resumed:
-                    self.save()
+            if self.at == self.start and not self.resumed:
+                self.save()
             Accounting(self.totals()).check(run.data.max_dropped, final=True)
             self.saved.wait()
+            if run.eval.patience:
+                self.return_to_best()
             return self.finish(begin)
         except BaseException:
             self.saved.abandon()
             raise
         finally:
             self.metrics.close()
+
+    @property
+    def ended(self) -> bool:
+        """Whether all steps are taken, or the held-out metric has not improved for too long."""
+        patience = self.run.eval.patience
+        return self.at >= self.run.steps or bool(patience and self.best["stale"] >= patience)
 
     def one_step(self) -> None:
         """Take a batch and a step; read the metrics of the step before, so that the device is never waited for."""
@@ -182,7 +197,9 @@ class _Session:
         self.state, metrics = self.parts.step(self.state, batch)
         self.at += 1
         self.counts["flops"] += work
-        self.pending.append((self.at, metrics, {"samples": rows.digest, "input_wait": waited, "work": work}))
+        filled = rows.account[FIELDS.index("filled")] * jax.process_count()
+        told = {"samples": rows.digest, "input_wait": waited, "work": work, "tokens": float(filled)}
+        self.pending.append((self.at, metrics, told))
         self.flush(1)
 
     def flush(self, keep: int = 0) -> None:
@@ -195,7 +212,8 @@ class _Session:
             at, metrics, told = self.pending.pop(0)
             values = {name: x.item() for name, x in jax.device_get(metrics).items()}
             seconds = self._lap()
-            tokens = values.pop("weight")
+            values.pop("weight")
+            tokens = told["tokens"]
             self.counts["tokens"] += tokens
             if at % self.run.log_every == 0 or at == self.run.steps:
                 self.metrics.write(
@@ -234,25 +252,68 @@ class _Session:
             )
         )
 
-    def evaluate(self, batches: int) -> None:
-        """Held-out loss with the averaged weights, written beside the training metrics."""
+    def weights(self) -> Any:
+        """The weights to evaluate: those of the best checkpoint at the end of a run with patience, else the averaged ones where there are such."""
+        return self.final if self.final is not None else optim.eval_params(self.state.opt_state, self.state.params)
+
+    def measure(self, batches: int) -> dict[str, float]:
+        """Held-out figures; of a task that judges each example also its judgement."""
         self.flush()
+        parts, run = self.parts, self.run
+        if parts.heldout is None:
+            return {}
+        found, self.judgement = evaluate.judge(
+            parts.eval_step,
+            self.weights(),
+            parts.heldout,
+            parts.mesh,
+            self.state.reference,
+            batches,
+            task=run.eval.task or run.task,
+        )
+        if found and run.checkpoint.best:
+            choose("checkpoint.best", run.checkpoint.best, found)
+        return found
+
+    def evaluate(self, batches: int) -> None:
+        """Held-out figures, written beside the training metrics, and whether they are the best so far."""
+        found, metric = self.measure(batches), self.run.checkpoint.best
         if self.parts.heldout is None:
             return
-        params = optim.eval_params(self.state.opt_state, self.state.params)
-        found = evaluate.evaluate(
-            self.parts.eval_step, params, self.parts.heldout, self.parts.mesh, self.state.reference, batches
-        )
-        if found and self.run.checkpoint.best:
-            choose("checkpoint.best", self.run.checkpoint.best, found)
+        if found and metric:
+            before, value = self.best["value"], found[metric]
+            if before is None or (value > before if rising(metric) else value < before):
+                self.best = {"value": value, "step": self.at, "stale": 0}
+            else:
+                self.best = {**self.best, "stale": self.best["stale"] + 1}
         self.results = {"step": self.at, **found}
         if not (self.resumed and self.at == self.start):  # else the file has it already
             self.metrics.write(self.at, {f"eval/{name}": x for name, x in found.items()})
-        self.metrics.say(
-            f"step {self.at}  held out: "
-            + "  ".join(f"{name} {x:.4f}" for name, x in found.items() if name != "tokens")
-        )
+        self.say_found()
         self._lap()
+
+    def say_found(self) -> None:
+        """The main figures of an evaluation."""
+        told = {
+            name: x
+            for name, x in self.results.items()
+            if "/" not in name and name not in ("step", "tokens", "examples")
+        }
+        said = "  ".join(f"{name} {x:.4f}" for name, x in told.items())
+        self.metrics.say(f"step {self.results['step']}  held out: {said}")
+
+    def return_to_best(self) -> None:
+        """End with the weights of the best checkpoint, judged on all that is held out."""
+        at = self.best["step"]
+        if self.best["value"] is None:
+            return
+        if at != self.at:
+            self.metrics.say(f"{self.run.checkpoint.best} was best at step {at}: the run ends with those weights")
+        params, _ = jax.eval_shape(_kept, self.parts.abstract)
+        abstract = checkpoint.abstract_like(params, self.parts.shardings.params)
+        self.final, _, _ = checkpoint.load_params(self.saved.root / str(at), abstract)
+        self.results = {"step": at, **self.measure(0)}
+        self.say_found()
 
     def save(self) -> None:
         """A checkpoint of this step, begun in the background; none while updates are skipped, for the weights are those of an earlier step.
@@ -276,10 +337,11 @@ class _Session:
             self.run,
             parts.model,
             parts.mesh,
-            self.parents,
+            self.inherited,
             parts.train.fingerprint(),
             step=self.at,
             results=self.results,
+            best=self.best,
             **self.counts,
         )
         self.saved.save(self.at, params, rest, data, card, parts.tokenizer.to_json())
@@ -290,10 +352,8 @@ class _Session:
         return [sum(each) for each in zip(*gather(self.accounting.totals))]
 
     def finish(self, begin: float) -> dict[str, Any]:
-        """result.json, card.json, the curves, and the samples."""
-        folder, newest = self.run.folder, checkpoint.find(self.run.folder)
-        names = {"metrics": "metrics.jsonl", "tensorboard": "tensorboard", "curves": "curves.png"}
-        result = {
+        """What result.json holds."""
+        facts = {
             "name": self.run.name,
             "steps": self.at,
             "eval": {k: v for k, v in self.results.items() if k != "step"},
@@ -303,36 +363,8 @@ class _Session:
             "seconds": time.time() - begin,
             "steps_this_time": self.at - self.start,
             "peak_flops": [self.peak, self.peak_source],
-            "samples": self.samples(),
-            "paths": {
-                "folder": str(folder),
-                "checkpoint": str(newest),
-                **{what: str(folder / name) for what, name in names.items()},
-            },
         }
-        if self.lead:
-            logs.draw_curves(folder)
-            (folder / "card.json").write_text(json.dumps(checkpoint.read_card(newest), indent=1), encoding="utf-8")
-            (folder / "result.json").write_text(json.dumps(result, indent=1), encoding="utf-8")
-        return result
-
-    def samples(self) -> list[dict[str, str]]:
-        """Continuations of the config's prompts."""
-        prompts, model = self.run.eval.prompts, self.parts.model
-        if not prompts or model.architecture == "encoder":
-            return []
-        params = optim.eval_params(self.state.opt_state, self.state.params)
-        texts = generation.generate(
-            model,
-            params,
-            self.parts.tokenizer,
-            prompts,
-            max_new_tokens=self.run.eval.max_new_tokens,
-            temperature=0.8,
-            top_p=0.95,
-            seed=self.run.seed,
-        )
-        return [{"prompt": prompt, "text": text} for prompt, text in zip(prompts, texts)]
+        return results.write(self.parts, self.weights(), self.judgement, facts)
 
 
 @jax.jit

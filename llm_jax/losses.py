@@ -69,6 +69,30 @@ def cross_entropy(
     return Loss(total, jnp.sum(weights, dtype=jnp.float32), {"nll": nll, "correct": correct}, outputs)
 
 
+def class_cross_entropy(
+    outputs: Outputs,
+    targets: Int[Array, "B M"],
+    weights: Float[Array, "B M"],
+    *,
+    label_smoothing: float = 0.0,
+) -> Loss:
+    """sum_i w_i (-(1 - a) log p_i[t_i] - a mean_c log p_i[c]) with p = softmax(logits), for M examples a row.
+
+    Metrics: `nll`, the sum without smoothing, and `correct`, the weight of the examples whose class is the most probable one.
+    """
+    assert outputs.logits is not None, "the model has no head"
+    log_p = jax.nn.log_softmax(outputs.logits.astype(jnp.float32), axis=-1)
+    nll = -jnp.take_along_axis(log_p, targets[..., None], axis=-1)[..., 0]
+    loss = (1 - label_smoothing) * nll - label_smoothing * jnp.mean(log_p, axis=-1)
+    hit = (jnp.argmax(log_p, axis=-1) == targets) * weights
+    return Loss(
+        jnp.sum(weights * loss),
+        jnp.sum(weights, dtype=jnp.float32),
+        {"nll": jnp.sum(weights * nll), "correct": jnp.sum(hit)},
+        outputs,
+    )
+
+
 def log_probabilities(outputs: Outputs, targets: Int[Array, "B S"]) -> Float[Array, "B S"]:
     """log softmax(hidden kernel^T + bias)[target] of each token, in chunks."""
     hidden, kernel = outputs.hidden, outputs.kernel

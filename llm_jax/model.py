@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import importlib
 import json
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from jaxtyping import Array
 from llm_jax import checkpoint, generation, sharding, transforms, tree
 from llm_jax.card import Card, code_version, content_hash, library_versions
 from llm_jax.config import to_dict
+from llm_jax.data import assets
 from llm_jax.data.tokenizer import Tokenizer
 from llm_jax.errors import CheckpointError, UserError
 from llm_jax.models import transformer
@@ -40,15 +42,57 @@ def model_config(card: Card, where: Any) -> ModelConfig:
         raise CheckpointError(f"the card of {where} describes no model of this version ({e})") from e
 
 
+def locate(path: str | Path) -> tuple[str, Path]:
+    """(kind, path) of a model: checkpoint, huggingface or gguf; `asset:NAME` is fetched.
+
+    >>> locate("runs/quickstart")[0]
+    'checkpoint'
+    """
+    if str(path).startswith("asset:"):
+        path = assets.checkpoint_path(str(path).removeprefix("asset:"))
+    path = Path(path).expanduser()
+    if path.suffix == ".gguf":
+        return "gguf", path
+    foreign = (path / "config.json").is_file() and not (path / "checkpoints").is_dir() and not (path / "about").is_dir()
+    return "huggingface" if foreign else "checkpoint", path
+
+
+def _interop(kind: str) -> Any:
+    """The module that reads models of another kind; imported late, since it makes a `Model`."""
+    return importlib.import_module(f"llm_jax.interop.{kind}")
+
+
+def sizes(path: str | Path) -> ModelConfig:
+    """The sizes of the model that `load` would give, without its weights. Raises as `load`."""
+    kind, path = locate(path)
+    if kind == "checkpoint":
+        return model_config(checkpoint.read_card(path), path)
+    return _interop(kind).read_sizes(path)
+
+
+def read_tokenizer(path: str | Path) -> Tokenizer | None:
+    """The tokenizer of the model that `load` would give, without its weights. Raises as `load`."""
+    kind, path = locate(path)
+    if kind == "checkpoint":
+        text = checkpoint.read_texts(path).get("tokenizer.json")
+        return None if text is None else Tokenizer.from_json(text)
+    return _interop(kind).read_tokenizer(path)
+
+
 def load(path: str | Path, mesh: jax.sharding.Mesh | None = None) -> Model:
-    """The model of a checkpoint or of a run's folder, each array laid out over `mesh` (all devices by default) as the rules say.
+    """The model of a checkpoint, a run's folder, a Hugging Face directory or a GGUF file, or of `asset:NAME`.
+
+    Each array is laid out over `mesh` (all devices by default) as the rules say.
 
     Raises:
-        CheckpointError: missing, damaged, or not a checkpoint.
+        CheckpointError: missing, damaged, or no model that is known.
     """
-    card = checkpoint.read_card(Path(path))
-    config = model_config(card, path)
-    params, card, tokenizer = checkpoint.load_params(Path(path), abstract_params(config, mesh or sharding.make_mesh()))
+    kind, path = locate(path)
+    mesh = mesh or sharding.make_mesh()
+    if kind != "checkpoint":
+        return _interop(kind).load(path, mesh)
+    config = model_config(checkpoint.read_card(path), path)
+    params, card, tokenizer = checkpoint.load_params(path, abstract_params(config, mesh))
     return Model(config, params, None if tokenizer is None else Tokenizer.from_json(tokenizer), card)
 
 

@@ -13,6 +13,7 @@ from jaxtyping import Array
 
 from llm_jax import config, tree
 from llm_jax.errors import ConfigError, suggest
+from llm_jax.models.transformer import depths
 from llm_jax.transforms.moving_average import MovingAverageState
 
 RATES = ("learning_rate", "max_learning_rate")
@@ -125,6 +126,15 @@ def _scale_by_regex(multipliers: tuple[tuple[str, float], ...]) -> optax.Gradien
     return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
 
 
+def _scale_by_depth(factor: float) -> optax.GradientTransformation:
+    """Updates times factor^depth, the depth below the head (ELECTRA, appendix A)."""
+
+    def update(updates, state, params=None):
+        return jax.tree.map(lambda u, depth: u * jnp.asarray(factor**depth, u.dtype), updates, depths(updates)), state
+
+    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
+
+
 def _arguments(settings: config.Optimizer, factory: Callable[..., Any]) -> dict[str, Any]:
     """`optimizer.arguments` by name, whole numbers and truth values as the optimizer declares them."""
     declared = _parameters(factory)
@@ -198,7 +208,7 @@ def _rule(
 def make_optimizer(
     settings: config.Optimizer, schedule: Callable[[Any], Array], shapes: Any, axes: Any
 ) -> optax.GradientTransformationExtraArgs:
-    """Clip, the named rule at `learning_rate * schedule(step)`, then the multipliers.
+    """Clip, the named rule at `learning_rate * schedule(step)`, then the multipliers and the decay over layers.
 
     Weight decay is the rule's own where it has one (it reaches all parameters in the few that take no mask, such as prodigy), else
     -learning_rate * schedule(step) * weight_decay * matrix is added to the update.
@@ -231,6 +241,8 @@ def make_optimizer(
         )
     if settings.multipliers:
         parts.append(_scale_by_regex(settings.multipliers))
+    if settings.layer_decay != 1:
+        parts.append(_scale_by_depth(settings.layer_decay))
     return optax.with_extra_args_support(optax.chain(*parts))
 
 

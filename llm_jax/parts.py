@@ -2,8 +2,8 @@
 
 import dataclasses
 import logging
+import math
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -11,9 +11,10 @@ import jax
 from llm_jax import checkpoint, evaluate, optim, sharding, step, tree
 from llm_jax import model as models
 from llm_jax import transforms as tf
+from llm_jax.card import ORIGINS, Card, content_hash
 from llm_jax.config import Run
 from llm_jax.data.documents import documents, open_sources
-from llm_jax.data.pipeline import Loader
+from llm_jax.data.pipeline import Loader, count_rows
 from llm_jax.data.tokenizer import Tokenizer, load_tokenizer
 from llm_jax.data.vocabulary import TRAINERS
 from llm_jax.errors import CheckpointError, ConfigError, DataError
@@ -39,15 +40,15 @@ class Parts:
     heldout: Loader | None
     schedule: Callable[[Any], Any]
     """step -> factor of the learning rate, jitted"""
-    init: Callable[[], tuple[step.TrainState, list[str]]]
-    """() -> the state before the first step, and the hashes of the weights that it starts from"""
+    init: Callable[[], tuple[step.TrainState, Card]]
+    """() -> the state before the first step, and what its card inherits: the hashes of the weights it starts from, their origin"""
     abstract: step.TrainState
     """shapes and dtypes of the state"""
     shardings: step.TrainState
     step: Callable[..., Any]
     """(state, batch) -> (state, metrics), jitted; the state is donated"""
     eval_step: Callable[..., Any]
-    """(params, batch, reference) -> sums, jitted"""
+    """(params, batch, reference) -> sums and outcomes, jitted"""
 
     def close(self) -> None:
         """Release the threads and processes that read."""
@@ -74,6 +75,8 @@ def build(run: Run) -> Parts:
     """
     mesh = sharding.make_mesh(run.mesh)
     sharding.check_batch(mesh, run.batch.size // run.batch.accumulate, run.batch.length)
+    run = dataclasses.replace(run, model=_sizes(run))
+    assert run.model is not None
     if run.batch.length > run.model.max_length and run.model.positions == "learned":
         raise ConfigError(
             f"batch.length {run.batch.length} is longer than the model's table of positions, model.max_length {run.model.max_length}"
@@ -81,11 +84,15 @@ def build(run: Run) -> Parts:
     sources = open_sources(run.data, "train")
     tokenizer = _tokenizer(run, sources)
     model = transform_of(run).config(run.model)
+    run.task.loss(model)  # whether the task and the model go together is told before the data is read
     needed = tokenizer.vocab_size + run.task.extra_tokens(tokenizer)
     if needed > model.vocab_size:
         raise DataError(
             f"the tokenizer has {needed} entries, the model's vocabulary {model.vocab_size}: set model.vocab_size={needed} or more"
         )
+    if run.epochs:
+        rows = count_rows(sources, tokenizer, run.task, run.data, run.batch)
+        run = dataclasses.replace(run, steps=math.ceil(run.epochs * rows / run.batch.size))
     place = dict(process_index=jax.process_index(), process_count=jax.process_count())
     train = Loader(sources, tokenizer, run.task, run.data, run.batch, run.seed, "train", **place)
     heldout = None
@@ -103,6 +110,19 @@ def build(run: Run) -> Parts:
     return assemble(run, mesh, tokenizer, train, heldout)
 
 
+def _sizes(run: Run) -> ModelConfig:
+    """The config's sizes, else those that the run's own checkpoints began with, else those of the model it starts from."""
+    if run.model is not None:
+        return run.model
+    for at in reversed(checkpoint.steps(run.folder)):
+        try:
+            began = checkpoint.read_card(run.folder / "checkpoints" / str(at))["config"]["model"]
+            return ModelConfig(**began)
+        except (CheckpointError, KeyError, TypeError):  # damaged: told when the weights are restored
+            continue
+    return ModelConfig() if run.start == "fresh" else models.sizes(run.start)
+
+
 def _tokenizer(run: Run, sources: list[Any]) -> Tokenizer:
     """That of the run's checkpoints, else of the model it starts from where the config names none that exists, else the config's."""
     for at in reversed(checkpoint.steps(run.folder)):
@@ -110,11 +130,11 @@ def _tokenizer(run: Run, sources: list[Any]) -> Tokenizer:
             return Tokenizer.from_json(checkpoint.read_texts(run.folder / "checkpoints" / str(at))["tokenizer.json"])
         except (CheckpointError, KeyError):  # damaged: told when the weights are restored
             continue
-    started = None if run.start == "fresh" else checkpoint.read_texts(Path(run.start)).get("tokenizer.json")
+    started = None if run.start == "fresh" else models.read_tokenizer(run.start)
     if started is not None and run.data.tokenizer.partition(":")[0] in TRAINERS:
-        return Tokenizer.from_json(started)
+        return started
     tokenizer = load_tokenizer(run.data.tokenizer, lambda: _texts(run, sources))
-    if started is not None and Tokenizer.from_json(started).fingerprint != tokenizer.fingerprint:
+    if started is not None and started.fingerprint != tokenizer.fingerprint:
         log.warning(
             "data.tokenizer %s is not the tokenizer of %s, whose weights know other ids", run.data.tokenizer, run.start
         )
@@ -133,34 +153,41 @@ def _texts(run: Run, sources: list[Any]) -> Iterator[str]:
 
 def assemble(run: Run, mesh: jax.sharding.Mesh, tokenizer: Tokenizer, train: Loader, heldout: Loader | None) -> Parts:
     """The functions of a run: initial state, step, evaluation step, with their shardings."""
-    change = transform_of(run)
-    model = change.config(run.model)
+    change, began = transform_of(run), run.model
+    assert began is not None
+    model = change.config(began)
     shapes, axes = transformer.shapes(model), transformer.axes(model)
     schedule = jax.jit(optim.make_schedule(run.schedule, run.steps))
     optimizer = change.update(optim.make_optimizer(run.optimizer, schedule, shapes, axes))
     loss = change.loss(run.task.loss(model))
-    judged = change.loss((run.eval.task or run.task).loss(model))
+    judge = run.eval.task or run.task
+    judged = change.loss(judge.loss(model))
     grad = change.grad(step.differentiate(loss))
 
     def init(key: Any, started: Any) -> step.TrainState:
         first, second, third = jax.random.split(key, 3)
-        params = transformer.init(run.model, first) if started is None else started
-        return step.init_state(change.params(run.model, params, second, None), optimizer, third)
+        params = transformer.init(began, first) if started is None else started
+        return step.init_state(change.params(began, params, second, None), optimizer, third)
 
     key = jax.random.key(run.seed)
-    begin = None if run.start == "fresh" else models.abstract_params(run.model, mesh)
+    begin = None if run.start == "fresh" else models.abstract_params(began, mesh)
     abstract = jax.eval_shape(init, key, begin)
     placed = sharding.state_shardings(mesh, abstract, sharding.params_shardings(mesh, axes, shapes))
 
     # What runs once need not be fast: on CPU that cuts its compilation, as long as that of the step, to a quarter. The values are the same.
     quick = {"xla_backend_optimization_level": 1} if jax.default_backend() == "cpu" else None
 
-    def start() -> tuple[step.TrainState, list[str]]:
-        started, parents = None, []
+    def start() -> tuple[step.TrainState, Card]:
+        started, inherited = None, Card(parents=[])
         if begin is not None:
-            started, card, _ = checkpoint.load_params(Path(run.start), begin)
-            parents = [card["hashes"]["params"]]
-        return jax.jit(init, out_shardings=placed, compiler_options=quick)(key, started), parents
+            loaded = models.load(run.start, mesh)
+            different = checkpoint.difference(loaded.params, begin)
+            if different:
+                raise CheckpointError(f"the model {run.start} is of another shape: {different}")
+            started, card = loaded.params, loaded.card
+            inherited["parents"] = [card.get("hashes", {}).get("params") or content_hash(started)]
+            inherited |= {name: card[name] for name in ORIGINS if name in card}
+        return jax.jit(init, out_shardings=placed, compiler_options=quick)(key, started), inherited
 
     update = jax.jit(step.make_step(loss, grad, optimizer), donate_argnums=0, out_shardings=(placed, None))
     return Parts(
@@ -175,7 +202,7 @@ def assemble(run: Run, mesh: jax.sharding.Mesh, tokenizer: Tokenizer, train: Loa
         abstract,
         placed,
         update,
-        evaluate.make_eval_step(judged),
+        evaluate.make_eval_step(judged, judge),
     )
 
 

@@ -21,7 +21,8 @@ def cache_folder() -> Path:
 def setup() -> None:
     """Turn the persistent compilation cache on, unless JAX_COMPILATION_CACHE_DIR names another, and quieten libraries.
 
-    On CPU the memory a step frees is kept for the next one. Called once, before a device is touched. What goes wrong in the threads of a save or a load is not lost: the run raises it.
+    On CPU the memory that a step frees is kept for the next one. Called once, before a device is touched. What goes wrong in the
+    threads of a save or a load is not lost: the run raises it.
     """
     for name in ("absl", "asyncio", "orbax", "jax._src.xla_bridge"):
         logging.getLogger(name).setLevel(logging.CRITICAL)

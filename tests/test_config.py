@@ -35,7 +35,7 @@ from llm_jax.transforms import IDENTITY, Transform, chain
 from llm_jax.transforms.accumulate import accumulate
 from llm_jax.transforms.freeze import freeze
 
-RUN = Run(task=NextToken())
+RUN = Run(task=NextToken(), model=ModelConfig())
 
 
 @dataclasses.dataclass(frozen=True)

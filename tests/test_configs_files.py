@@ -15,7 +15,8 @@ import pytest
 
 from llm_jax import config, loop, optim, parts, sharding, step, tree
 from llm_jax.config import Run, load, override, show
-from llm_jax.models import transformer
+from llm_jax.models import presets, transformer
+from llm_jax.tasks import Classification
 from llm_jax.tasks.span_corruption import SENTINELS, SpanCorruption
 
 ROOT = Path(__file__).parents[1]
@@ -31,6 +32,18 @@ WORDS = (
 )
 
 
+STARTS = {
+    "asset:minilm": presets.bert(layers=6, dim=384, heads=12, mlp_dim=1536),
+    "models/bert-base-uncased": presets.bert(),
+}
+"""The sizes that each model has from which a config starts."""
+
+
+def sizes_of(run: Run) -> Any:
+    """The sizes of the run before its transforms."""
+    return run.model or STARTS[run.start]
+
+
 def short(task: Any) -> Any:
     """The task with what it counts in tokens cut to rows of `LENGTH`."""
     return dataclasses.replace(
@@ -43,11 +56,18 @@ def shrunk(run: Run, folder: Path) -> Run:
     """The run at a size for a test: the same task, family, optimizer, schedule and transforms on a few sentences."""
     rng = np.random.default_rng(0)
     lines = [
-        json.dumps({run.data.text: " ".join(rng.choice(WORDS, n)), run.data.target: str(rng.choice(WORDS))})
+        json.dumps(
+            {
+                run.data.text: " ".join(rng.choice(WORDS, n)),
+                run.data.target: str(rng.choice(WORDS)),
+                "label": int(n % 2),
+                run.data.group or "group": f"film {n}",
+            }
+        )
         for n in rng.integers(1, 9, 64)
     ]
     (folder / "corpus.jsonl").write_text("\n".join(lines), encoding="utf-8")
-    model = run.model
+    model = sizes_of(run)
     small = dict(vocab_size=VOCABULARY, max_length=LENGTH, layers=1, dim=32, heads=4)
     small |= {
         name: n
@@ -59,6 +79,7 @@ def shrunk(run: Run, folder: Path) -> Run:
         workdir=str(folder / "run"),
         start="fresh",
         steps=2,
+        epochs=0.0,
         log_every=1,
         mesh=config.Mesh(),
         model=model.replace(**small),
@@ -70,6 +91,7 @@ def shrunk(run: Run, folder: Path) -> Run:
             heldout_sources=(),
             window=32,
             workers=0,
+            max_dropped=0.5,
             buckets=(16, LENGTH) if run.data.buckets else (),
             tokenizer="wordpiece:200" if model.architecture == "encoder" else "bpe:300",
         ),
@@ -113,14 +135,15 @@ def test_its_own_sizes_fit_together(path):
     """
     run = load(path)
     change = parts.transform_of(run)
-    sizes = change.config(run.model)
+    began = sizes_of(run)
+    sizes = change.config(began)
     shapes, axes = transformer.shapes(sizes), transformer.axes(sizes)
     optimizer = change.update(
         optim.make_optimizer(run.optimizer, optim.make_schedule(run.schedule, run.steps), shapes, axes)
     )
 
     def init(key):
-        params = change.params(run.model, transformer.init(run.model, key), key, None)
+        params = change.params(began, transformer.init(began, key), key, None)
         return step.init_state(params, optimizer, key)
 
     state = jax.eval_shape(init, jax.random.key(0))
@@ -137,11 +160,11 @@ def test_its_own_sizes_fit_together(path):
     )
     _, _, entries = run.data.tokenizer.partition(":")
     if entries.isdecimal():
-        assert int(entries) + (SENTINELS if isinstance(run.task, SpanCorruption) else 0) <= run.model.vocab_size
-    assert run.batch.length <= run.model.max_length
+        assert int(entries) + (SENTINELS if isinstance(run.task, SpanCorruption) else 0) <= sizes.vocab_size
+    assert run.batch.length <= sizes.max_length
     over = math.prod(max(1, n) for n in (run.mesh.data, run.mesh.fsdp))
     assert (run.batch.size // run.batch.accumulate) % over == 0
-    assert 0 <= run.schedule.warmup < run.steps
+    assert 0 <= run.schedule.warmup < (run.steps if not run.epochs else math.inf)
 
 
 @pytest.fixture
@@ -166,9 +189,10 @@ def test_a_shrunk_copy_takes_two_steps(path, tmp_path, capsys, quick):
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     losses = [line["loss"] for line in lines if "loss" in line]
     assert [line["step"] for line in lines if "loss" in line] == [1, 2]
-    assert all(0.3 * math.log(VOCABULARY) < x < 3 * math.log(VOCABULARY) for x in losses)
+    choices = len(run.task.labels) if isinstance(run.task, Classification) else VOCABULARY
+    assert all(0.3 * math.log(choices) < x < 3 * math.log(choices) for x in losses)
     assert result["steps"] == 2 and result["skipped"] == 0 and math.isfinite(result["eval"]["loss"])
-    assert len(result["samples"]) == (min(1, len(run.eval.prompts)) if run.model.architecture != "encoder" else 0)
+    assert len(result["samples"]) == (min(1, len(run.eval.prompts)) if sizes_of(run).architecture != "encoder" else 0)
     assert json.loads((folder / "result.json").read_text(encoding="utf-8")) == result
     assert json.loads((folder / "card.json").read_text(encoding="utf-8"))["config"] == json.loads(
         json.dumps(config.to_dict(run))

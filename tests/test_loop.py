@@ -390,7 +390,7 @@ def test_start_from_a_checkpoint(
     assert lines(after)[0]["loss"] < lines(parent)[0]["loss"] - 0.5
     with pytest.raises(
         CheckpointError,
-        match=r"checkpoint .* is of another shape: '.*' is float32\[.*16.*\] there and float32\[.*32.*\] in this config",
+        match=r"the model .* is of another shape: '.*' is float32\[.*16.*\] there and float32\[.*32.*\] in this config",
     ):
         loop.train(
             change(tiny, workdir=str(tiny.folder) + "-wide", start=str(parent.folder), model=dict(dim=32), steps=0)

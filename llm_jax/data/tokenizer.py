@@ -14,9 +14,9 @@ from typing import Any
 
 import numpy as np
 import tokenizers
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 
-from llm_jax.data import assets, vocabulary
+from llm_jax.data import assets, vocabulary, words
 from llm_jax.errors import DataError, choose, suggest
 
 Texts = Iterable[str] | Callable[[], Iterable[str]]
@@ -86,6 +86,31 @@ class Tokenizer:
         except (UnicodeEncodeError, TypeError) as e:
             raise DataError(f"this text cannot be tokenized: {e}") from e
 
+    def frame(self, pair: bool = False) -> tuple[Int[np.ndarray, " N"], ...]:
+        """The ids that go before and after a text; of a pair those before, between and after.
+
+        They are what the tokenizer's post-processor adds, e.g. ([CLS], [SEP]); where it adds none, the end token after each text.
+        """
+        return self._frames[pair]
+
+    @functools.cached_property
+    def _frames(self) -> dict[bool, tuple[np.ndarray, ...]]:
+        found = {}
+        first, second = (self._literal.encode(text, add_special_tokens=False) for text in ("a", "b"))
+        for pair in (False, True):
+            made = self._literal.post_process(first, second if pair else None, True)
+            parts: list[list[int]] = [[] for _ in range(3 if pair else 2)]
+            ends, read = [len(first), len(first) + len(second)], 0
+            for token, added in zip(made.ids, made.special_tokens_mask, strict=True):
+                if added:
+                    parts[sum(read >= end for end in ends[: len(parts) - 1])].append(token)
+                read += not added
+            end = next((i for i in (self.eos, self.sep) if i is not None), None)
+            if not any(parts) and end is not None:
+                parts[1:] = [[end]] * len(parts[1:])
+            found[pair] = tuple(np.array(part, np.int32) for part in parts)
+        return found
+
     def encode_spans(self, text: str, special: bool = False) -> tuple[Int[np.ndarray, " N"], Int[np.ndarray, " N"]]:
         """(ids, ends): the tokens up to and with i cover the first `ends[i]` UTF-8 bytes of the text, the last all.
 
@@ -151,6 +176,12 @@ class Tokenizer:
     mask = property(lambda self: self.special["mask"], doc="id of the token to be predicted, or None")
     cls = property(lambda self: self.special["cls"], doc="id of BERT's first token, or None")
     sep = property(lambda self: self.special["sep"], doc="id of BERT's token between texts, or None")
+
+    @functools.cached_property
+    def continues(self) -> Bool[np.ndarray, " V"]:
+        """Whether each token belongs to the word of the token before it, by its name (`words.continues`)."""
+        vocabulary = self._marked.get_vocab(with_added_tokens=True)
+        return words.continues(json.loads(self.definition), vocabulary, self.vocab_size)
 
     @functools.cached_property
     def fingerprint(self) -> str:

@@ -70,7 +70,7 @@ class Layout(NamedTuple):
         return tuple(math.prod(sizes[letter] for letter in group) for group in _groups(self.there))
 
     def read(self, x: np.ndarray, shape: Sequence[int], part: int = 0) -> np.ndarray:
-        """The parameter of this shape here in an array from there; no value is copied."""
+        """The parameter of this shape here in an array from there: a view of it, unless the halves of rotary pairs are put apart."""
         if not self.here:
             return x
         sizes = self._sizes(shape)
@@ -155,6 +155,9 @@ class Place(NamedTuple):
         return self.entry.layout.there_shape(self.own)
 
 
+_shapes = functools.lru_cache(16)(transformer.shapes)
+
+
 def places(config: ModelConfig, entries: Sequence[Entry]) -> dict[str, Place]:
     """Where each parameter of a model lies there, by its path here; entries for parameters that the model has not are left out.
 
@@ -162,7 +165,7 @@ def places(config: ModelConfig, entries: Sequence[Entry]) -> dict[str, Place]:
         CheckpointError: a parameter that the map has no name for, so that the model cannot be written in this form.
     """
     table = {entry.ours: entry for entry in entries}
-    shapes = transformer.shapes(config)
+    shapes = _shapes(config)
     found = {}
     for path, leaf in zip(tree.names(shapes), jax.tree.leaves(shapes)):
         if path not in table:
@@ -196,15 +199,24 @@ def check(found: Mapping[str, tuple[int, ...]], wanted: Mapping[str, Place], kno
         raise CheckpointError(f"the tensors of {where} are not those of its config: {'; '.join(wrong)}")
 
 
-def assemble(config: ModelConfig, wanted: Mapping[str, Place], read: Callable[[str], np.ndarray], abstract: Any) -> Any:
+def assemble(
+    config: ModelConfig,
+    wanted: Mapping[str, Place],
+    read: Callable[[str], np.ndarray],
+    abstract: Any,
+    fresh: Mapping[str, jax.Array] | None = None,
+) -> Any:
     """The params laid out as `abstract` says, made shard by shard: beside them no copy of the model is held.
 
     Args:
         read: the array there of a name, best a view of a mapped file.
         abstract: shapes, dtypes and shardings, see `model.abstract_params`.
+        fresh: parameters by their paths that are taken as they are.
     """
 
     def one(path: str, leaf: Any) -> jax.Array:
+        if fresh and path in fresh:
+            return fresh[path]
         place = wanted[path]
 
         def shard(index: tuple[slice, ...]) -> np.ndarray:
@@ -212,9 +224,13 @@ def assemble(config: ModelConfig, wanted: Mapping[str, Place], read: Callable[[s
                 return place.entry.layout.read(read(name), place.own, place.entry.part)[inside]
 
             if not place.stacked:
-                return np.asarray(part(place.names[0], index), leaf.dtype, order="C")
+                return np.array(
+                    part(place.names[0], index), leaf.dtype, order="C"
+                )  # a copy: jax may keep what it is given
             names = place.names[index[0]]
-            made = np.empty((len(names), *(len(range(*s.indices(n))) for s, n in zip(index[1:], place.own))), leaf.dtype)
+            made = np.empty(
+                (len(names), *(len(range(*s.indices(n))) for s, n in zip(index[1:], place.own))), leaf.dtype
+            )
             for to, name in zip(made, names):
                 to[...] = part(name, index[1:])
             return made

@@ -109,7 +109,15 @@ class ModelConfig:
         for name in ("vocab_size", "max_length", "layers", "dim", "heads", "labels", "image_size"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"model.{name} is {getattr(self, name)}: it must be at least 1")
-        for name in ("decoder_layers", "kv_heads", "head_dim", "mlp_dim", "token_types", "patch_size", "position_offset"):
+        for name in (
+            "decoder_layers",
+            "kv_heads",
+            "head_dim",
+            "mlp_dim",
+            "token_types",
+            "patch_size",
+            "position_offset",
+        ):
             if getattr(self, name) < 0:
                 raise ConfigError(f"model.{name} is {getattr(self, name)}: it must not be negative")
         if not self.head_dim and self.dim % self.heads:

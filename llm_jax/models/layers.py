@@ -119,7 +119,10 @@ def unstack(stacked: Any, depth: int) -> tuple[Any, ...]:
 
 
 unstack.defvjp(
-    lambda stacked, depth: (unstack.fun(stacked, depth), None),  # of the function itself, so that forward mode goes through
+    lambda stacked, depth: (
+        unstack.fun(stacked, depth),
+        None,
+    ),  # of the function itself, so that forward mode goes through
     lambda depth, _, each: (jax.tree.map(lambda *leaves: jnp.stack(leaves), *each),),
 )
 

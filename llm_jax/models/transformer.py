@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, cast
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 from llm_jax.models.attention import Mask
@@ -167,6 +168,33 @@ def axes(config: ModelConfig) -> Params:
     """The logical axis names of each weight, e.g. ("layers", "embed", "heads", "head_size") for the queries."""
     boxed = jax.eval_shape(lambda: _init_boxed(config, jax.random.key(0)))
     return jax.tree.map(lambda box: tuple(box.names), boxed, is_leaf=_is_box)
+
+
+def depths(params: Params) -> Params:
+    """How far each weight lies below the head: 0 for the head and a stack's last norm, 1 for the top layer, ..., most for the embeddings.
+
+    Of stacked layers an array (L, 1, ...), which goes with the leaf; an encoder lies below its decoder. A part of a tree will do.
+    """
+
+    def layers(side: str) -> int:
+        found = jax.tree.leaves(params.get(side, {}).get("layers", {}))
+        return found[0].shape[0] if found else 0
+
+    above = {"decoder": 0, "encoder": layers("decoder")}
+    deepest = layers("decoder") + layers("encoder") + 1
+
+    def one(path: Any, leaf: Any) -> Any:
+        side, part = path[0].key, path[1].key if len(path) > 1 else ""
+        if side == "head":
+            return 0
+        if side not in above:
+            return deepest
+        if part == "layers":
+            count = np.arange(leaf.shape[0], 0, -1) + above[side]
+            return count.reshape(-1, *(1,) * (leaf.ndim - 1))
+        return above[side] + (layers(side) if part == "relative" else 0)
+
+    return jax.tree_util.tree_map_with_path(one, params)
 
 
 def unstacked(config: ModelConfig, params: Params) -> Params:

@@ -4,12 +4,13 @@ import dataclasses
 from typing import Any
 
 from llm_jax.errors import ConfigError, choose
+from llm_jax.tasks.classification import Classification
 from llm_jax.tasks.masked_token import MaskedToken
 from llm_jax.tasks.next_token import NextToken
 from llm_jax.tasks.sequence_to_sequence import SequenceToSequence
 from llm_jax.tasks.span_corruption import SpanCorruption
 
-__all__ = ["MaskedToken", "NextToken", "SequenceToSequence", "SpanCorruption"]
+__all__ = ["Classification", "MaskedToken", "NextToken", "SequenceToSequence", "SpanCorruption"]
 
 
 def from_dict(plain: dict[str, Any]) -> Any:
@@ -23,4 +24,4 @@ def from_dict(plain: dict[str, Any]) -> Any:
     unknown = set(plain) - fields - {"kind"}
     if unknown:
         raise ConfigError(f"task {plain['kind']} has no {sorted(unknown)[0]!r}")
-    return kind(**{name: x for name, x in plain.items() if name != "kind"})
+    return kind(**{name: tuple(x) if isinstance(x, list) else x for name, x in plain.items() if name != "kind"})

@@ -4,8 +4,10 @@ A task is a frozen dataclass in a file of its own under `llm_jax/tasks/`; its fi
 class to inherit from: the methods below are the whole contract.
 """
 
-from collections.abc import Iterator
-from typing import Any, Protocol
+import dataclasses
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Array
@@ -13,6 +15,7 @@ from jaxtyping import Array
 from llm_jax.data.tokenizer import Tokenizer
 from llm_jax.losses import LossFn
 from llm_jax.models.config import ModelConfig
+from llm_jax.models.heads import Outputs
 
 Example = dict[str, np.ndarray]
 """Arrays (S',) of one example before packing, all features of one stream of equal length."""
@@ -46,3 +49,25 @@ class Task(Protocol):
 
     def loss(self, config: ModelConfig) -> LossFn:
         """The objective as a function of the params of a model of this config."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Judgement:
+    """What became of each held-out example."""
+
+    metrics: dict[str, float]
+    examples: list[dict[str, Any]]
+    """one a document, with its number `document`: what was asked, expected and answered; a line each of predictions.jsonl"""
+    draw: Callable[[Path], dict[str, str]]
+    """writes pictures into a folder; their paths by name"""
+
+
+@runtime_checkable
+class Judged(Protocol):
+    """A task that is judged example by example, beside the sums of its loss, has these methods too."""
+
+    def outcome(self, outputs: Outputs, batch: Batch) -> dict[str, Array]:
+        """What judging needs of each of M examples a row: arrays (B, M, ...), with `weights` above 0 where there is an example."""
+
+    def judge(self, outcomes: dict[str, np.ndarray]) -> Judgement:
+        """The verdict on all examples, (N, ...) arrays of what `outcome` gave, with `documents` (N,), the numbers of their documents."""

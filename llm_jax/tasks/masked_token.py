@@ -27,6 +27,8 @@ class MaskedToken:
     """share of the chosen that become the mask token"""
     random: float = 0.1
     """share of the chosen that become another token; the rest stay as they are"""
+    whole_words: bool = False
+    """choose all tokens of a word or none; each of them is then hidden, changed or kept by itself"""
     label_smoothing: float = 0.0
     z_loss: float = 0.0
 
@@ -56,6 +58,10 @@ class MaskedToken:
         """Windows of the text, each between the class and the separator token."""
         if tokenizer.cls is None or tokenizer.sep is None or tokenizer.mask is None:
             raise DataError("masked-token prediction needs a tokenizer with [CLS], [SEP] and [MASK]")
+        if self.whole_words and not tokenizer.continues.any():
+            raise DataError(
+                "no token of this tokenizer is marked as the continuation of a word: set task.whole_words to False"
+            )
         ids = tokenizer.encode(record["text"])
         windows = split_long(ids, length - 2, long, record["id"])
         lost = len(ids) - sum(stop - start for start, stop in windows)
@@ -78,7 +84,11 @@ class MaskedToken:
         candidates = np.flatnonzero((row["segment_ids"] > 0) & ~np.isin(tokens, special))
         slots = self.predictions(len(tokens))
         count = min(slots, len(candidates), max(1, round(self.rate * len(candidates))))
-        chosen = np.sort(rng.permutation(candidates)[:count])
+        if self.whole_words:
+            chosen = np.sort(_whole_words(candidates, row, tokenizer.continues, count, rng))
+            count = len(chosen)
+        else:
+            chosen = np.sort(rng.permutation(candidates)[:count])
         fate = rng.random(count)
         hidden = np.where(fate < self.mask, tokenizer.mask, tokens[chosen])
         hidden = np.where(
@@ -93,3 +103,22 @@ class MaskedToken:
     def loss(self, config: ModelConfig) -> LossFn:
         """Cross-entropy at the chosen positions."""
         return vocabulary_loss(config, self.label_smoothing, self.z_loss)
+
+
+def _whole_words(
+    candidates: np.ndarray, row: Example, continues: np.ndarray, budget: int, rng: np.random.Generator
+) -> np.ndarray:
+    """Places of the tokens of words drawn at random, `budget` at most: a word larger than what is left is passed over.
+
+    The rule, and that each token has a fate of its own, are those of BERT's release with whole-word masking (2019).
+    There a continuing token after a separator belongs to the word before it; here a word ends with its example.
+    """
+    follows = (np.diff(candidates, prepend=-2) == 1) & (np.diff(row["segment_ids"][candidates], prepend=0) == 0)
+    words = np.split(candidates, np.flatnonzero(~(follows & continues[row["tokens"][candidates]])))[1:]
+    chosen: list[int] = []
+    for which in rng.permutation(len(words)):
+        if len(chosen) + len(words[which]) <= budget:
+            chosen += words[which].tolist()
+        if len(chosen) == budget:
+            break
+    return np.array(chosen, np.int64)

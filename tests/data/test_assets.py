@@ -73,6 +73,26 @@ def test_tokenizer_folder_holds_what_hugging_face_reads():
     assert len((folder / "vocab.txt").read_text(encoding="utf-8").split("\n")) == 30_522 + 1
 
 
+def test_checkpoints_hold_what_a_model_is_loaded_from():
+    folder = assets.checkpoint_path("minilm")
+    assert {path.name: path.stat().st_size for path in folder.iterdir()} == {
+        "model.safetensors": 90_868_376,
+        "config.json": 612,
+        "tokenizer.json": 466_247,
+        "tokenizer_config.json": 350,
+        "special_tokens_map.json": 112,
+        "vocab.txt": 231_508,
+    }
+    file = assets.checkpoint_path("smollm2")
+    assert (file.name, file.stat().st_size) == ("SmolLM2-135M-Instruct.Q4_1.gguf", 98_362_432)
+    assert assets.checkpoint_path("smollm2") == file
+
+
+def test_an_unknown_checkpoint_is_told():
+    said = refused(lambda: assets.checkpoint_path("smolllm"))
+    assert said == "unknown checkpoint asset 'smolllm'; did you mean 'smollm2'?"
+
+
 # --- fetching, from an index in a folder
 
 WHEEL_INFO = {

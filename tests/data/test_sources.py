@@ -1,6 +1,7 @@
 """Records by index from every kind of source, and each message a user sees when a file is wrong."""
 
 import concurrent.futures
+import csv
 import json
 import os
 import pickle
@@ -60,9 +61,13 @@ def every(source) -> list[dict]:
 
 def test_scheme():
     assert refused("txt:a") == "unknown scheme 'txt' of source 'txt:a'; did you mean 'text'?"
-    assert refused("csv:a").endswith("known: asset, jsonl, parquet, text, tfds")
+    assert refused("zip:a").endswith("known: asset, csv, jsonl, parquet, text, tfds")
     assert refused("a/b.jsonl").startswith("source 'a/b.jsonl' has no scheme: say jsonl:a/b.jsonl, or one of text, ")
-    assert refused("a/b") == ("source 'a/b' has no scheme: say text:a/b, or one of text, jsonl, parquet, tfds, asset")
+    for suffix in ("csv", "tsv"):
+        assert f"has no scheme: say csv:a/*.{suffix}, or one of text, " in refused(f"a/*.{suffix}")
+    assert refused("a/b") == (
+        "source 'a/b' has no scheme: say text:a/b, or one of text, jsonl, csv, parquet, tfds, asset"
+    )
     assert refused("asset:sotuu") == "unknown asset 'sotuu'; did you mean 'sotu'?"
     assert refused("text:") == "source 'text:' names no file: say text:PATH or text:FOLDER/**"
 
@@ -168,6 +173,107 @@ def test_jsonl_bad_lines():
 def test_jsonl_of_blank_lines():
     put("a.jsonl", "\n \n")
     assert refused("jsonl:a.jsonl") == "a.jsonl: no records: every line is blank"
+
+
+# --- csv
+
+
+def test_csv_rows():
+    put("a.csv", files.BOM + b'\r\ntext,label,id\r\none,1,\r\n\n   \n"two, ""quoted""\nand a\r\nnewline",,7\n\n,0,x')
+    put("b.csv", "n,text\n3,drei ü\n")
+    source = open_source("csv:*.csv", Data())
+    assert every(source) == [
+        {"text": "one", "label": "1", "id": "a.csv:3"},
+        {"text": 'two, "quoted"\nand a\r\nnewline', "label": "", "id": "7"},
+        {"text": "", "label": "0", "id": "x"},
+        {"n": "3", "text": "drei ü", "id": "b.csv:2"},
+    ]
+    assert every(open_source("csv:*.csv", Data())) == every(source)  # from the kept index
+    with pytest.raises(IndexError):
+        source[4]
+
+
+def test_csv_numbers_are_those_of_the_first_line_of_a_row():
+    put("a.csv", 'text\n"a\n\nb"\n\nc\n""\n')
+    assert every(open_source("csv:a.csv", Data())) == [
+        {"text": "a\n\nb", "id": "a.csv:2"},
+        {"text": "c", "id": "a.csv:6"},
+        {"text": "", "id": "a.csv:7"},
+    ]
+
+
+def test_tsv_is_separated_by_tabulators():
+    put("a.tsv", 'text\tlabel\none, two\t1\n"a\tb"\t2\n\t\n')
+    source = open_source("csv:a.tsv", Data())
+    assert [(r["text"], r["label"]) for r in every(source)] == [("one, two", "1"), ("a\tb", "2"), ("", "")]
+
+
+def test_csv_fields_longer_than_the_csv_module_takes():
+    put("a.csv", "text,n\n" + "long " * 100_000 + ',1\n"' + "l\n" * 100_000 + '",2\n')
+    assert [len(record["text"]) for record in every(open_source("csv:a.csv", Data()))] == [500_000, 200_000]
+
+
+CELLS = st.text(st.characters(codec="utf-8") | st.sampled_from('",\t\r\n \u2028\x00\ufeff'))
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    st.lists(st.tuples(CELLS, CELLS), min_size=1, max_size=20),
+    st.sampled_from([",", "\t"]),
+    # Before Python 3.13 the writer leaves a carriage return bare that is no part of its newline.
+    st.sampled_from([("\n", csv.QUOTE_ALL), ("\r\n", csv.QUOTE_ALL), ("\r\n", csv.QUOTE_MINIMAL)]),
+    st.booleans(),
+)
+def test_csv_gives_what_was_written(tmp_path_factory, rows, delimiter, style, mark):
+    path = tmp_path_factory.mktemp("csv") / ("a.tsv" if delimiter == "\t" else "a.csv")
+    with path.open("w", encoding="utf-8-sig" if mark else "utf-8", newline="") as file:
+        writer = csv.writer(file, delimiter=delimiter, lineterminator=style[0], quoting=style[1])
+        writer.writerows([("text", "label"), *rows])
+    source = open_source(f"csv:{path}", Data())
+    found = every(source)
+    assert [(record["text"], record["label"]) for record in found] == rows
+    assert [source[i] for i in reversed(range(len(rows)))] == found[::-1]
+    lines = path.read_bytes().split(b"\n")
+    for record, (text, _) in zip(found, rows):
+        line = lines[int(record["id"].rpartition(":")[2]) - 1]
+        first = text.encode().replace(b'"', b'""').split(b"\n")[0]
+        assert line.removeprefix(b'"').startswith(first)
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("a,b\n1,2\n1,2,3\n", "3: 3 fields, but the header has 2: quote a field that holds ',' or a newline"),
+        ('a,b\n"1\n2",2\n\n1\n', "5: 1 fields, but the header has 2: quote a field that holds ',' or a newline"),
+        ('a,b\n1,2\n1,"2\n3,4\n', "3: a quoted field that begins here is never closed"),
+        ('a,b\n"1" x,2\n', "2: text after a closing quote: quote each field that begins with a quote, "),
+        ("a,b\r1,2\r", "1: a carriage return without a newline: end lines with \\n or \\r\\n, "),
+        ("a,b,a\n1,2,3\n", "1: two columns are named 'a': rename one"),
+        ("\n,text\n0,x\n", "2: column 1 of the header has no name: give it one, or leave it out"),
+        ("a, \n1,2\n", "1: column 2 of the header has no name: give it one, or leave it out"),
+        (b"a,caf\xe9\n1,2\n", "1: the header is not UTF-8 at byte 5: convert it"),
+        ("a,b\n\n", " no records: there is no row below a header"),
+        ("\n \n", " no records: there is no row below a header"),
+        ("", " the file is empty: remove it, or narrow 'csv:a.csv'"),
+    ],
+)
+def test_csv_errors(content, said):
+    put("a.csv", content)
+    os.utime("a.csv", (1, 1))  # old enough for its index to be kept: it must be refused each time
+    for _ in range(2):
+        assert refused("csv:a.csv").startswith(f"a.csv:{said}")
+
+
+def test_csv_that_is_not_utf8():
+    put("a.csv", b'text,n\n"caf\xe9\n",1\nok,2\n')
+    source = open_source("csv:a.csv", Data())
+    assert message(lambda: source[0]) == (
+        "a.csv:2: not UTF-8 at byte 11 (0xe9): convert it, or set data.invalid to skip"
+    )
+    assert every(open_source("csv:a.csv", SKIP)) == [
+        {"id": "a.csv:2", "invalid": True},
+        {"text": "ok", "n": "2", "id": "a.csv:4"},
+    ]
 
 
 def test_missing_field():
@@ -298,7 +404,7 @@ def test_tfds_that_cannot_be_prepared():
 # --- what holds for all
 
 
-@pytest.fixture(params=["text", "jsonl", "parquet", "tfds"])
+@pytest.fixture(params=["text", "jsonl", "csv", "parquet", "tfds"])
 def source(request):
     if request.param == "text":
         for i in range(40):
@@ -308,6 +414,10 @@ def source(request):
         for part in range(2):
             put(f"{part}.jsonl", "".join(json.dumps({"text": f"text {part} {i}"}) + "\n" for i in range(20)))
         return open_source("jsonl:*.jsonl", Data())
+    if request.param == "csv":
+        for part in range(2):
+            put(f"{part}.csv", "text\n" + "".join(f'"text\n{part} {i}"\n' for i in range(20)))
+        return open_source("csv:*.csv", Data())
     if request.param == "parquet":
         put_parquet("a.parquet", {"text": [f"text {i}" for i in range(40)]}, group=7)
         return open_source("parquet:a.parquet", Data())

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -118,6 +119,88 @@ def test_vocab_txt_gives_what_tokenizer_json_gives(bert, tmp_path):
             assert np.array_equal(loaded.encode(text, special), bert.encode(text, special))
     (tmp_path / "cased.txt").write_text("[UNK]\nThe\n##re", encoding="utf-8")
     assert load_tokenizer(str(tmp_path / "cased.txt")).encode("There there").tolist() == [1, 2, 0]
+
+
+# --- words
+
+
+def continued(tokenizer, text: str) -> list[bool]:
+    return tokenizer.continues[tokenizer.encode(text)].tolist()
+
+
+def words_of(tokenizer, text: str) -> list[str]:
+    """The tokens of a text, joined where one continues the one before it."""
+    words: list[list[int]] = []
+    for index in tokenizer.encode(text).tolist():
+        words = [*words[:-1], [*words[-1], index]] if words and tokenizer.continues[index] else [*words, [index]]
+    return [tokenizer.decode(ids) for ids in words]
+
+
+def named(tokenizer, change) -> Tokenizer:
+    definition = json.loads(tokenizer.definition)
+    change(definition)
+    return Tokenizer(json.dumps(definition), tokenizer.config)
+
+
+def test_wordpieces_continue_by_their_prefix(bert, wordpiece):
+    names = json.loads(bert.definition)["model"]["vocab"]
+    assert bert.continues.shape == (30_522,) and bert.continues.dtype == bool
+    assert all(bert.continues[index] == name.startswith("##") for name, index in names.items())
+    assert not bert.continues.flags.writeable
+    text = "Unbelievably, the antidisestablishmentarian's 3.14"
+    expected = ["unbelievably", ",", "the", "antidisestablishmentarian", "'", "s", "3", ".", "14"]
+    assert words_of(bert, text) == expected and sum(continued(bert, text)) > 3
+    assert not wordpiece.continues[list(range(5))].any()
+    other = named(wordpiece, lambda d: d["model"].update(continuing_subword_prefix="c"))
+    assert other.continues[other.id("cat")] and not other.continues[other.id("##a")]
+
+
+def test_byte_level_words_begin_with_a_blank(bpe):
+    text = "the cat sat,\n on a\n\tmat"
+    assert words_of(bpe, text)[:3] == ["the", " cat", " sat,"]
+    assert "".join(words_of(bpe, text)) == text
+    assert [word[0] for word in words_of(bpe, text)[1:]].count("\n") == 2
+    assert not bpe.continues[[bpe.eos, bpe.pad]].any()
+    first = bpe.encode("the")[0]
+    assert bpe.continues[first] and not bpe.continues[bpe.encode(" the")[0]]
+
+
+def sentencepiece(how: str) -> Tokenizer:
+    """Of the kind of T5 (a Metaspace pre-tokenizer) or of Llama 2 (a normalizer that marks, a decoder that unmarks)."""
+    pieces = ["<unk>", "<0x0A>", "<0xC3>", "<0xBC>", "▁the", "▁ca", "t", "s", "▁", ","]
+    engine = tokenizers.Tokenizer(tokenizers.models.Unigram([(piece, -1.0) for piece in pieces], 0, True))
+    if how == "Metaspace":
+        engine.pre_tokenizer = tokenizers.pre_tokenizers.Sequence(
+            [tokenizers.pre_tokenizers.WhitespaceSplit(), tokenizers.pre_tokenizers.Metaspace()]
+        )
+    else:
+        engine.normalizer = tokenizers.normalizers.Sequence(
+            [tokenizers.normalizers.Prepend("▁"), tokenizers.normalizers.Replace(" ", "▁")]
+        )
+        engine.decoder = tokenizers.decoders.Sequence(
+            [tokenizers.decoders.Replace("▁", " "), tokenizers.decoders.ByteFallback(), tokenizers.decoders.Fuse()]
+        )
+    engine.add_special_tokens(["</s>"])
+    return Tokenizer(engine.to_str(), '{"eos_token": "</s>"}')
+
+
+@pytest.mark.parametrize("how", ["Metaspace", "Replace"])
+def test_sentencepiece_words_begin_with_the_mark(how):
+    tokenizer = sentencepiece(how)
+    names = {name: bool(tokenizer.continues[tokenizer.id(name)]) for name in ("▁ca", "t", "▁", ",", "<0x0A>", "<0xC3>")}
+    assert names == {"▁ca": False, "t": True, "▁": False, ",": True, "<0x0A>": False, "<0xC3>": True}
+    assert not tokenizer.continues[tokenizer.eos]
+    assert continued(tokenizer, "the cats, the") == [False, False, True, True, True, False]
+
+
+def test_no_token_continues_where_nothing_is_marked(bpe):
+    def last_part(definition):
+        definition["model"]["end_of_word_suffix"] = "</w>"
+
+    def whole(definition):
+        definition |= {"pre_tokenizer": {"type": "Whitespace"}, "decoder": None, "normalizer": None}
+
+    assert not named(bpe, last_part).continues.any() and not named(bpe, whole).continues.any()
 
 
 # --- training

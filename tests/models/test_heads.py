@@ -80,13 +80,13 @@ def test_outputs_hold_what_the_losses_need(changes):
 
 @pytest.mark.parametrize("architecture, bias", [("encoder", "all"), ("encoder", "none"), ("decoder", "all")])
 def test_classification(architecture, bias):
-    """x W + b of the first token of an encoder, of the last real token of a decoder."""
+    """x W + b of the first token of an encoder, x W of the last real token of a decoder."""
     params, outputs = run(
         CONFIG.replace(architecture=architecture, head="classification", bias=bias), {"segments": SEGMENTS}
     )
     chosen = X[:, 0] if architecture == "encoder" else X[[0, 1], [3, 5]]
     expected = chosen @ params["classification"] + params.get("classification_bias", 0)
-    assert outputs.logits.shape == (2, 3) and ("classification_bias" in params) == (bias == "all")
+    assert outputs.logits.shape == (2, 3) and ("classification_bias" in params) == (architecture == "encoder")
     np.testing.assert_allclose(outputs.logits, expected, atol=1e-5)
 
 

@@ -10,7 +10,7 @@ STACKS = 6 * 3_152_384 + 6 * 4_204_032
 PUBLISHED = [
     ("bert", {}, 109_482_240),
     ("distilbert", {}, 66_362_880),
-    ("roberta", {}, 124_645_632 - 2 * 768 - 590_592),  # without the two positions that its padding takes, and a pooler
+    ("roberta", {}, 124_645_632 - 590_592),  # without a pooler
     ("gpt2", {}, 124_439_808),
     ("gpt2", dict(layers=24, dim=1024, heads=16), 354_823_168),
     ("t5", {}, 60_506_624),

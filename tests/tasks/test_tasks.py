@@ -15,7 +15,7 @@ from llm_jax.data.pipeline import Loader
 from llm_jax.errors import ConfigError
 from llm_jax.models import transformer
 from llm_jax.models.config import ModelConfig
-from llm_jax.tasks import MaskedToken, NextToken, SequenceToSequence, SpanCorruption
+from llm_jax.tasks import Classification, MaskedToken, NextToken, SequenceToSequence, SpanCorruption
 
 SIZE = dict(vocab_size=37, max_length=24, layers=1, dim=8, heads=2, mlp_dim=12)
 MODELS = {
@@ -29,7 +29,10 @@ CHANGED = [
     MaskedToken(rate=0.3, mask=0.5, random=0.25),
     SpanCorruption(rate=0.2, span=2.5),
     SequenceToSequence(prefix="translate: ", target_length=7),
+    Classification(labels=("a", "b", "c"), pair="second", keep="tail", class_weights=(1.0, 2.0, 0.5)),
 ]
+EVERY = (Classification, *MODELS)
+"""`test_classification.py` has what is its own."""
 SMOOTHING, Z = 0.2, 0.03
 
 
@@ -136,7 +139,7 @@ def test_a_token_without_weight_has_no_gradient():
     jax.tree.map(np.testing.assert_array_equal, first, second)
 
 
-@pytest.mark.parametrize("task", [*CHANGED, *(kind() for kind in MODELS)], ids=repr)
+@pytest.mark.parametrize("task", [*CHANGED, *(kind() for kind in EVERY)], ids=repr)
 def test_to_the_card_and_back(task):
     assert tasks.from_dict(json.loads(json.dumps(config.to_dict(task)))) == task
 
@@ -148,7 +151,7 @@ def test_what_no_card_should_say():
         ({"kind": "NextToken", "z_loss": -1.0}, "task.z_loss is -1.0: it must be at least 0"),
         (
             {"kind": "dataclasses"},
-            "unknown task 'dataclasses'; known: MaskedToken, NextToken, SequenceToSequence, SpanCorruption",
+            "unknown task 'dataclasses'; known: Classification, MaskedToken, NextToken, SequenceToSequence, SpanCorruption",
         ),
     ):
         with pytest.raises(ConfigError) as error:
@@ -158,10 +161,10 @@ def test_what_no_card_should_say():
 
 
 def test_every_task_is_listed():
-    assert set(tasks.__all__) == {kind.__name__ for kind in MODELS}
+    assert set(tasks.__all__) == {kind.__name__ for kind in EVERY}
     assert all(
         dataclasses.is_dataclass(kind) and kind.__dataclass_params__.frozen and kind.__bases__ == (object,)
-        for kind in MODELS
+        for kind in EVERY
     )
 
 

@@ -1,0 +1,260 @@
+"""The verbs of `python -m llm_jax VERB`: each reads its arguments, calls one function and prints."""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
+
+from llm_jax.errors import UserError, suggest
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse with one line for an error, and the nearest name for an unknown option."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(message)
+
+    def parse_args(self, args=None, namespace=None):
+        found, rest = self.parse_known_args(args, namespace)
+        if rest:
+            known = [o for action in self._actions for o in action.option_strings]
+            raise UserError(f"unknown argument {rest[0]!r}{suggest(rest[0].split('=')[0], known)}")
+        return found
+
+
+def _print(result: Any, text: str, as_json: bool) -> None:
+    print(json.dumps(result, indent=1) if as_json else text)
+
+
+def _train(arguments: Sequence[str]) -> None:
+    """Carry out the run of a config, or continue it: --config=FILE [--config.KEY=VALUE ...]."""
+    from llm_jax import config
+
+    as_json = "--json" in arguments
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(
+            "usage: python train.py --config=configs/NAME.py [--config.KEY=VALUE ...] [--json]\n\n"
+            "example: python train.py --config=configs/quickstart.py --config.optimizer.learning_rate=3e-4\n\n"
+            "Every key of the config can be overridden; the resolved config is printed first and kept as config.json in the run's folder.\n"
+            "The same command continues a run that was stopped."
+        )
+        return
+    run = config.parse([a for a in arguments if a != "--json"])
+    from llm_jax import loop
+
+    result = loop.train(run)
+    lines = [f"prompt: {s['prompt']}\n{s['prompt']}{s['text']}\n" for s in result["samples"]]
+    lines += (
+        ["held out: " + "  ".join(f"{name} {x:.4f}" for name, x in result["eval"].items() if _main(name))]
+        if result["eval"]
+        else []
+    )
+    lines += [
+        f"data: {result['data']['read']} documents read, {result['data']['dropped']} dropped, {result['data']['truncated']} truncated; "
+        f"{result['data']['tokens']} tokens, {result['data']['lost']} lost; padding {result['data']['padding']:.2%}; "
+        f"{result['data']['rows_without_targets']} of {result['data']['rows']} rows with nothing to predict",
+        f"{result['steps']} steps, {result['tokens']:.0f} tokens, {result['seconds']:.0f} s",
+    ]
+    lines += [f"{name}: {path}" for name, path in result["paths"].items()]
+    _print(result, "\n".join(lines), as_json)
+
+
+def _main(name: str) -> bool:
+    """Whether a figure is said in a line; those of single classes and counts are in result.json."""
+    return "/" not in name and name not in ("tokens", "examples")
+
+
+def _evaluate(arguments: Sequence[str]) -> None:
+    """Held-out loss, perplexity, bits per byte and accuracy of a checkpoint on its run's held-out documents, or on other text."""
+    parser = _parser("eval", _evaluate, "python -m llm_jax eval runs/quickstart --source='text:books/*.txt'")
+    parser.add_argument("checkpoint", help="a checkpoint or a run's folder")
+    parser.add_argument(
+        "--source", action="append", default=[], help="source to evaluate on, e.g. text:GLOB; may be repeated"
+    )
+    parser.add_argument("--length", type=int, default=0, help="tokens of a row; by default that of the run")
+    parser.add_argument("--batch", type=int, default=0, help="rows of a batch; by default that of the run")
+    options = parser.parse_args(arguments)
+    from llm_jax.evaluate import evaluate_checkpoint
+
+    found = evaluate_checkpoint(options.checkpoint, tuple(options.source), options.length, options.batch)
+    _print(found, "\n".join(f"{name:14} {x:.6g}" for name, x in found.items()), options.json)
+
+
+def _score(arguments: Sequence[str]) -> None:
+    """The log-probability, in nats, of each token of a text and of the whole."""
+    parser = _parser(
+        "score", _score, "python -m llm_jax score runs/quickstart 'We hold these truths to be self-evident'"
+    )
+    parser.add_argument("checkpoint", help="a checkpoint or a run's folder")
+    parser.add_argument("text", help="the text; - reads it from standard input")
+    options = parser.parse_args(arguments)
+    from llm_jax import evaluate, model
+
+    loaded = _with_tokenizer(model.load(options.checkpoint))
+    text = sys.stdin.read() if options.text == "-" else options.text
+    found = evaluate.score(loaded.config, loaded.params, loaded.tokenizer, text)
+    total = sum(p for _, p in found)
+    lines = [f"{p:10.4f}  {token!r}" for token, p in found] + [
+        f"{total:10.4f}  in all, {total / len(found):.4f} a token"
+    ]
+    _print(
+        {"tokens": [{"token": t, "log_probability": p} for t, p in found], "log_probability": total},
+        "\n".join(lines),
+        options.json,
+    )
+
+
+def _generate(arguments: Sequence[str]) -> None:
+    """Continue prompts, as the text comes."""
+    parser = _parser(
+        "generate",
+        _generate,
+        "python -m llm_jax generate runs/quickstart 'The state of the Union is' --temperature=0.8 --top-p=0.95",
+    )
+    parser.add_argument("checkpoint", help="a checkpoint or a run's folder")
+    parser.add_argument("prompts", nargs="+", help="texts to continue")
+    parser.add_argument("--max-new-tokens", type=int, default=64)
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 takes the most probable token")
+    parser.add_argument("--top-k", type=int, default=0)
+    parser.add_argument("--top-p", type=float, default=1.0)
+    parser.add_argument("--min-p", type=float, default=0.0)
+    parser.add_argument("--repetition-penalty", type=float, default=1.0)
+    parser.add_argument("--stop", action="append", default=[], help="text that ends a continuation; may be repeated")
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args(arguments)
+    from llm_jax import model
+
+    loaded = _with_tokenizer(model.load(options.checkpoint))
+    streaming = len(options.prompts) == 1 and not options.json
+    if streaming:
+        print(options.prompts[0], end="", flush=True)
+    texts = model.generate(
+        loaded,
+        options.prompts,
+        max_new_tokens=options.max_new_tokens,
+        temperature=options.temperature,
+        top_k=options.top_k,
+        top_p=options.top_p,
+        min_p=options.min_p,
+        repetition_penalty=options.repetition_penalty,
+        stop=options.stop,
+        seed=options.seed,
+        on_text=(lambda row, more: print(more, end="", flush=True)) if streaming else None,
+    )
+    result = [{"prompt": p, "text": t} for p, t in zip(options.prompts, texts)]
+    _print(result, "" if streaming else "\n\n".join(r["prompt"] + r["text"] for r in result), options.json)
+
+
+def _sweep(arguments: Sequence[str]) -> None:
+    """Carry out a config once for each of several seeds: mean and spread of what is held out."""
+    parser = _parser("sweep", _sweep, "python -m llm_jax sweep --config=configs/snippets_minilm.py --seeds 0 1 2")
+    parser.add_argument("--seeds", nargs="+", type=int, required=True, help="seeds of the runs")
+    parser.epilog = f"{parser.epilog}\n\n--config=FILE and --config.KEY=VALUE are those of train.py."
+    told = [a for a in arguments if a.startswith("--config")]
+    options = parser.parse_args([a for a in arguments if not a.startswith("--config")])
+    from llm_jax import config
+    from llm_jax.sweep import sweep
+
+    found = sweep(config.parse(told), options.seeds)
+    lines = [f"{name:24} {x['mean']:.4f} +- {x['spread']:.4f}" for name, x in found["eval"].items() if "/" not in name]
+    _print(found, "\n".join([f"{len(options.seeds)} seeds, mean and standard deviation", *lines]), options.json)
+
+
+def _predict(arguments: Sequence[str]) -> None:
+    """The class of each text, by a model that was trained to classify, with the probability of each class."""
+    parser = _parser("predict", _predict, "python -m llm_jax predict runs/snippets_minilm 'a quiet triumph'")
+    parser.add_argument("checkpoint", help="a checkpoint or a run's folder")
+    parser.add_argument("texts", nargs="+", help="texts; - reads them from standard input, one a line")
+    parser.add_argument("--pair", action="append", default=[], help="the second text of each pair, in the same order")
+    options = parser.parse_args(arguments)
+    from llm_jax import evaluate, model
+
+    texts = [line for text in options.texts for line in (sys.stdin.read().splitlines() if text == "-" else [text])]
+    found = evaluate.predict(model.load(options.checkpoint), texts, options.pair)
+    _print(found, "\n".join(map(_answer, found)), options.json)
+
+
+def _answer(found: dict[str, Any]) -> str:
+    """A prediction as a line."""
+    if found["label"] is None:
+        return f"no answer          {found['text']!r} holds no token"
+    return f"{found['label']:12} {found['probabilities'][found['label']]:.4f}  {found['text']}"
+
+
+def _import(arguments: Sequence[str]) -> None:
+    """Make a checkpoint of a Hugging Face directory, a GGUF file or asset:NAME."""
+    parser = _parser("import", _import, "python -m llm_jax import models/bert-base-uncased checkpoints/bert")
+    parser.add_argument("source", help="a Hugging Face directory, a GGUF file, or asset:minilm")
+    parser.add_argument("checkpoint", help="the checkpoint to write; must not exist")
+    options = parser.parse_args(arguments)
+    from llm_jax import model, tree
+
+    loaded = model.load(options.source)
+    model.save(loaded, options.checkpoint)
+    origin = loaded.card.get("huggingface", loaded.card.get("gguf", {}))
+    found = {
+        "checkpoint": options.checkpoint,
+        "architecture": loaded.config.architecture,
+        "head": loaded.config.head,
+        "parameters": tree.size(loaded.params),
+        "left_out": origin.get("left_out", []),
+    }
+    _print(found, "\n".join(f"{name:14} {x if x != [] else 'nothing'}" for name, x in found.items()), options.json)
+
+
+def _export(arguments: Sequence[str]) -> None:
+    """Write a checkpoint in another project's form, with its tokenizer: --format=hf, a Hugging Face directory."""
+    parser = _parser("export", _export, "python -m llm_jax export runs/snippets_minilm out/minilm-reviews --format=hf")
+    parser.add_argument("checkpoint", help="a checkpoint or a run's folder")
+    parser.add_argument("out", help="the folder to write; must be absent or empty")
+    parser.add_argument("--format", choices=["hf"], default="hf")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="by default that of the import")
+    options = parser.parse_args(arguments)
+    from llm_jax.interop.huggingface import export_model
+
+    found = export_model(options.checkpoint, options.out, dtype=options.dtype)
+    _print(found, "\n".join(f"{name:14} {x}" for name, x in found.items()), options.json)
+
+
+def _show(arguments: Sequence[str]) -> None:
+    """The card of a checkpoint: where it came from, what it is, how good it was."""
+    parser = _parser("show", _show, "python -m llm_jax show runs/quickstart")
+    parser.add_argument("checkpoint", help="a checkpoint or a run's folder")
+    options = parser.parse_args(arguments)
+    from pathlib import Path
+
+    from llm_jax.checkpoint import read_card
+
+    print(json.dumps(read_card(Path(options.checkpoint)), indent=1))
+
+
+def _with_tokenizer(loaded: Any) -> Any:
+    if loaded.tokenizer is None:
+        raise UserError("this checkpoint has no tokenizer")
+    return loaded
+
+
+def _parser(verb: str, function: Callable[..., Any], example: str) -> _Parser:
+    parser = _Parser(
+        prog=f"python -m llm_jax {verb}",
+        description=function.__doc__,
+        epilog=f"example: {example}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON value")
+    return parser
+
+
+VERBS: dict[str, Callable[[Sequence[str]], None]] = {
+    "train": _train,
+    "sweep": _sweep,
+    "eval": _evaluate,
+    "score": _score,
+    "generate": _generate,
+    "predict": _predict,
+    "import": _import,
+    "export": _export,
+    "show": _show,
+}

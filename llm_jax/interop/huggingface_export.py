@@ -1,0 +1,141 @@
+"""Writing a model as a Hugging Face directory: all of it or nothing."""
+
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from llm_jax import checkpoint
+from llm_jax.data.tokenizer import Tokenizer
+from llm_jax.errors import CheckpointError, choose
+from llm_jax.interop import families, names, tensor_files
+from llm_jax.interop.family import Family
+from llm_jax.interop.tensor_files import DTYPES, Item
+from llm_jax.model import Model
+from llm_jax.models.config import ModelConfig
+
+DTYPE_WORDS = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+"""The dtypes that are written"""
+
+ROLES = ("bos", "eos", "pad")
+
+
+def save(
+    model: Model,
+    path: str | Path,
+    dtype: str | None = None,
+    shard_size: int = 5 * 10**9,
+    family: str | None = None,
+) -> None:
+    """Write a model as a directory that transformers' `from_pretrained` reads: config.json, weights and tokenizer.
+
+    Args:
+        path: a folder that does not exist or is empty.
+        dtype: float32, bfloat16 or float16; by default that in which an imported model was stored, else float32.
+        shard_size: bytes of a file of weights at most.
+        family: a `model_type`; by default that of an imported model, else the first that has such a model.
+
+    Raises:
+        CheckpointError: the folder holds something, the disk is full, or no family has such a model.
+    """
+    path = Path(path).expanduser().absolute()
+    if path.is_file() or (path.is_dir() and any(path.iterdir())):
+        raise CheckpointError(f"{path} exists already")
+    origin = model.card.get("huggingface", {})
+    chosen = families.choose_family(model.config, family or origin.get("config", {}).get("model_type"))
+    if chosen.name != origin.get("config", {}).get("model_type"):
+        origin = {}
+    if dtype is not None:
+        choose("dtype", dtype, DTYPE_WORDS, CheckpointError)
+    stated = config_json(model, chosen, origin, dtype or origin.get("dtype", ""))
+    items = list(_items(model, chosen, origin, np.dtype(DTYPES[DTYPE_WORDS[stated["dtype"]]]), dtype is None))
+    unfinished = path.with_name(f".{path.name}.unfinished-{os.getpid()}")
+    try:
+        unfinished.mkdir(parents=True)
+        _write_json(unfinished / "config.json", stated)
+        if origin.get("generation"):
+            _write_json(unfinished / "generation_config.json", origin["generation"])
+        if model.tokenizer is not None:
+            model.tokenizer.save(unfinished)
+            _write_json(unfinished / "tokenizer_config.json", tokenizer_config(model.tokenizer, model.config))
+        tensor_files.write_folder(unfinished, items, shard_size)
+        unfinished.rename(path)
+    except OSError as e:
+        if checkpoint.is_full(e):
+            raise CheckpointError(f"no space left on the disk of {path}: nothing was written") from e
+        raise CheckpointError(f"writing {path} failed: {e}") from e
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def _write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _items(model: Model, family: Family, origin: Mapping[str, Any], dtype: np.dtype, as_stored: bool) -> Iterator[Item]:
+    """The tensors to be written, under the names that an imported model had."""
+    head = model.config.head
+    same_head = head == _head(family, origin)
+    prefix = (
+        origin["prefix"] if same_head and origin.get("prefix") in family.prefixes.values() else family.prefixes[head]
+    )
+    wanted = names.places(model.config, family.entries(model.config, prefix))
+    others = origin.get("other_dtypes", {}) if as_stored else {}
+    made = {}
+    for name, shape, fetch in names.arrays(model.params, wanted):
+        own = DTYPES.get(DTYPE_WORDS.get(others.get(name, ""), ""), dtype)
+        made[name] = Item(name, shape, np.dtype(own), fetch)
+    yield from made.values()
+    for entry in family.copies(head, prefix):
+        if entry.theirs in origin.get("copies", ()) and entry.theirs not in made and entry.ours in wanted:
+            yield made[wanted[entry.ours].names[0]]._replace(name=entry.theirs)
+
+
+def _head(family: Family, origin: Mapping[str, Any]) -> str:
+    """The head of the class that an imported model was written by."""
+    known = {**{name: head for head, name in family.classes.items()}, **family.also}
+    return known.get((origin.get("config", {}).get("architectures") or ["?"])[0], "none")
+
+
+def config_json(model: Model, family: Family, origin: Mapping[str, Any], dtype: str) -> dict[str, Any]:
+    """What goes into config.json: what an imported model's said, under what this model is now."""
+    original = dict(origin.get("config", {}))
+    labels = model.card.get("labels") or []
+    labels = labels if len(labels) == model.config.labels else []
+    made = families.describe(family, model.config, original, labels)
+    made["architectures"] = [family.classes[model.config.head]]
+    made["model_type"] = family.name
+    made["dtype"] = made["torch_dtype"] = dtype if dtype in DTYPE_WORDS else "float32"
+    return {key: value for key, value in _with_ids(made, model).items() if key != "auto_map"}
+
+
+def _with_ids(made: dict[str, Any], model: Model) -> dict[str, Any]:
+    """The ids of the special tokens: those stated, as far as the vocabulary still has them, else the tokenizer's."""
+    size = model.config.vocab_size
+    special = model.tokenizer.special if model.tokenizer is not None else {}
+    for key, value in made.items():
+        if key.endswith("_token_id") and isinstance(value, int) and value >= size:
+            made[key] = None
+    for role in ROLES:
+        if made.get(f"{role}_token_id") is None:
+            made[f"{role}_token_id"] = special.get(role)
+    if model.config.architecture == "encoder-decoder" and made.get("decoder_start_token_id") is None:
+        begin = special.get("bos") if special.get("bos") is not None else made["pad_token_id"]
+        made["decoder_start_token_id"] = begin if begin is not None else 0
+    return made
+
+
+def tokenizer_config(tokenizer: Tokenizer, config: ModelConfig) -> dict[str, Any]:
+    """What goes into tokenizer_config.json: the tokenizer's own, and what transformers cannot know without it."""
+    own = json.loads(tokenizer.config)
+    known = {f"{role}_token": tokenizer.token(index) for role, index in tokenizer.special.items() if index is not None}
+    return {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_max_length": config.max_length,
+        **known,
+        **own,
+    }

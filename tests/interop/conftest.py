@@ -1,0 +1,71 @@
+"""Small directories as transformers writes them."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from llm_jax import tree
+from llm_jax.interop import huggingface
+from llm_jax.model import Model
+from llm_jax.models import presets, transformer
+from llm_jax.models.config import ModelConfig
+
+SIZE = dict(vocab_size=99, layers=2, dim=36, heads=3, mlp_dim=50, max_length=32)
+PRESETS: dict[str, Callable[..., ModelConfig]] = {
+    "bert": presets.bert,
+    "roberta": presets.roberta,
+    "distilbert": presets.distilbert,
+    "gpt2": presets.gpt2,
+    "llama": presets.llama,
+    "t5": presets.t5,
+    "marian": presets.marian,
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def unoptimised() -> Iterator[None]:
+    """Machine code that is not optimised, which halves the time of these tests: their programs run for milliseconds."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+def make_model(family: str, card: dict[str, Any] | None = None, **changes: Any) -> Model:
+    config = PRESETS[family](**{**SIZE, **changes})
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(lambda x: jax.numpy.asarray(rng.normal(size=x.shape), x.dtype), transformer.shapes(config))
+    return Model(config, params, None, card or {})
+
+
+@pytest.fixture(scope="session")
+def made() -> Callable[..., Model]:
+    """`made(family, card=..., **changes)`: a small model of a preset with random weights."""
+    return make_model
+
+
+@pytest.fixture
+def directory(tmp_path: Path) -> Callable[..., Path]:
+    """`directory(family, **changes)`: the directory of such a model."""
+
+    def make(family: str, name: str = "model", **changes: Any) -> Path:
+        huggingface.save(make_model(family, **changes), tmp_path / name)
+        return tmp_path / name
+
+    return make
+
+
+def same(first: Any, second: Any) -> None:
+    """Two trees have the same names and bits."""
+    assert tree.names(first) == tree.names(second)
+    for name, x, y in zip(tree.names(first), jax.tree.leaves(first), jax.tree.leaves(second)):
+        np.testing.assert_array_equal(np.asarray(x), np.asarray(y), err_msg=name)
+
+
+@pytest.fixture(scope="session")
+def equal_trees() -> Callable[[Any, Any], None]:
+    """`equal_trees(first, second)` asserts it, bit for bit."""
+    return same
