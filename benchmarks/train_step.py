@@ -4,8 +4,9 @@
     python -m benchmarks.train_step [--repeats 5]
 
 A decoder of 6 layers, D 384, 6 heads, V 8192, rows of 256, batch 8, AdamW, float32, two threads; the peer is
-`peers/torch_lm_step.py`. Each repeat runs both sides one after the other in processes of their own, the peer with and without the
-settings of the allocator that we take; the figure is the median of the ratios to its better one. Ours is the very step that `train.py` takes, with the segments and positions of packed rows.
+`peers/torch_lm_step.py`. Each repeat runs both sides one after the other in processes of their own, the peer with and without
+the settings of the allocator that we take; the figure is the median of the ratios to its better one. Ours
+is the very step that `train.py` takes, with the segments and positions of packed rows.
 """
 
 import argparse

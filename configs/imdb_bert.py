@@ -5,7 +5,8 @@ Put the files of bert-base-uncased (config.json, model.safetensors, tokenizer.js
 python train.py --config=configs/imdb_bert.py
 python -m llm_jax export runs/imdb_bert out/bert-imdb --format=hf
 
-Eight rows are for one device: on a TPU v5e-8 add --config.batch.size=64. Not run by its authors for want of the weights; the same path with other weights is configs/reviews_minilm.py.
+Eight rows are for one device: on a TPU v5e-8 add --config.batch.size=64. Not run by its authors for want of the weights; the same path with
+other weights is configs/reviews_minilm.py.
 """
 
 from llm_jax.config import Batch, Checkpoint, Data, Eval, Optimizer, Run, Schedule

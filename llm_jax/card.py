@@ -60,7 +60,10 @@ def library_versions() -> dict[str, str]:
 def make_card(
     run: configs.Run, model: ModelConfig, mesh: jax.sharding.Mesh, inherited: Card, sources: Any, **counts: Any
 ) -> Card:
-    """The card of a run at some point, whose weights are of the sizes `model`; `inherited` names its parents, `counts` are step, tokens, operations and results."""
+    """The card of a run at some point, whose weights are of the sizes `model`.
+
+    `inherited` names its parents and where they came from, `counts` are step, tokens, operations and results.
+    """
     plain = configs.to_dict(run)
     return {
         "name": run.name,

@@ -192,7 +192,7 @@ def _import(arguments: Sequence[str]) -> None:
 
     loaded = model.load(options.source)
     model.save(loaded, options.checkpoint)
-    origin = loaded.card.get("huggingface", loaded.card.get("gguf", {}))
+    origin = loaded.card.get("huggingface") or loaded.card.get("gguf") or {}
     found = {
         "checkpoint": options.checkpoint,
         "architecture": loaded.config.architecture,

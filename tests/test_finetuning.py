@@ -15,7 +15,7 @@ from llm_jax.sweep import sweep
 from llm_jax.tasks import Classification
 from llm_jax.transforms import new_head
 
-GOOD, BAD, OTHER = "bright warm witty".split(), "dull cold stale".split(), "film story cast plot".split()
+GOOD, BAD, OTHER = ["bright", "warm", "witty"], ["dull", "cold", "stale"], ["film", "story", "cast", "plot"]
 
 
 @pytest.fixture(scope="module")

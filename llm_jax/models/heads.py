@@ -69,6 +69,7 @@ class Head(nn.Module):
             last = jnp.sum(segments > 0, axis=1) - 1
             return jnp.take_along_axis(x, last[:, None, None], axis=1)[:, 0]
         if not encoder:
+            assert segments is not None
             own = jnp.take_along_axis(segments, first, axis=1)
             first = jnp.max(jnp.where(segments[:, None] == own[..., None], jnp.arange(x.shape[1]), 0), axis=-1)
         return jnp.take_along_axis(x, first[..., None], axis=1)

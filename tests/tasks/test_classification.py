@@ -19,7 +19,7 @@ from llm_jax.tasks import Classification
 from llm_jax.transforms import new_head
 
 LENGTH = 12
-WORDS = "bado gile ko ru pa".split()
+WORDS = ["bado", "gile", "ko", "ru", "pa"]
 
 
 def examples(task, tokenizer, text="bado gile ko", long="truncate", length=LENGTH, **fields):
