@@ -159,11 +159,12 @@ def _padded(rows: Sequence[np.ndarray], multiple: int = 16) -> tuple[np.ndarray,
 
 def _prompts(config: ModelConfig, tokenizer: Tokenizer, prompts: Sequence[str], end: int) -> dict[str, np.ndarray]:
     """The batch that `_prefill` reads; a text begins and a source ends as in training."""
-    begin = next((i for i in (tokenizer.bos, tokenizer.cls, tokenizer.eos) if i is not None), None)
+    begin = tokenizer.begin
     rows = [tokenizer.encode(prompt) for prompt in prompts]
     if config.architecture == "encoder-decoder":
         wide, lengths = _padded([np.concatenate([row, [] if end < 0 else [end]]) for row in rows])
         start = tokenizer.pad if tokenizer.bos is None and tokenizer.pad is not None else begin
+        start = next(i for i in (start, tokenizer.bos, tokenizer.cls, tokenizer.eos) if i is not None)
         return {
             "tokens": np.full((len(rows), 1), start, np.int32),
             "lengths": np.ones(len(rows), np.int32),

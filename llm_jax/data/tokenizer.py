@@ -93,6 +93,15 @@ class Tokenizer:
         """
         return self._frames[pair]
 
+    @property
+    def begin(self) -> int | None:
+        """The id that a text to be continued begins with: bos where the config says so, else what the post-processor adds; None for none."""
+        stated = json.loads(self.config).get("add_bos_token")
+        if stated is not None:
+            return self.bos if stated else None
+        before = self.frame()[0]
+        return int(before[0]) if len(before) else None
+
     @functools.cached_property
     def _frames(self) -> dict[bool, tuple[np.ndarray, ...]]:
         found = {}

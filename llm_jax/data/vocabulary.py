@@ -15,6 +15,7 @@ BPE_CONFIG = {
     "bos_token": "<|endoftext|>",
     "eos_token": "<|endoftext|>",
     "pad_token": "<pad>",
+    "add_bos_token": True,
     "clean_up_tokenization_spaces": False,
     "tokenizer_class": "PreTrainedTokenizerFast",
 }

@@ -28,19 +28,21 @@ ARCHITECTURES = ("llama", "qwen2", "qwen3")
 _LARGEST = 2**31 - 1
 
 _WITHOUT: dict[str, tuple[Any, ...]] = {
-    "expert_count": (0,),
-    "rope.scaling.type": ("none",),
-    "rope.scaling.factor": (0.0, 1.0),
-    "rope.scale_linear": (0.0, 1.0),
-    "attention.causal": (True,),
-    "attention.scale": (0.0,),
-    "attn_logit_softcapping": (0.0,),
-    "final_logit_softcapping": (0.0,),
-    "embedding_scale": (0.0, 1.0),
-    "residual_scale": (0.0, 1.0),
-    "logit_scale": (0.0, 1.0),
+    "general.type": ("model",),
+    "split.count": (0, 1),
+    "{}.expert_count": (0,),
+    "{}.rope.scaling.type": ("none",),
+    "{}.rope.scaling.factor": (0.0, 1.0),
+    "{}.rope.scale_linear": (0.0, 1.0),
+    "{}.attention.causal": (True,),
+    "{}.attention.scale": (0.0,),
+    "{}.attn_logit_softcapping": (0.0,),
+    "{}.final_logit_softcapping": (0.0,),
+    "{}.embedding_scale": (0.0, 1.0),
+    "{}.residual_scale": (0.0, 1.0),
+    "{}.logit_scale": (0.0, 1.0),
 }
-"""keys of what is not supported -> the values that do without it"""
+"""keys of what is not supported, {} for the architecture -> the values that do without it"""
 
 PAIRS = Layout("d h (r j)", "(h j r) d")
 """queries and keys with the two values that are rotated together side by side, as architecture llama stores them"""
@@ -160,10 +162,12 @@ def sizes(file: File) -> ModelConfig:
 
 def _refuse(file: File, architecture: str) -> None:
     """Raise where the model needs what is not supported."""
-    for name, harmless in _WITHOUT.items():
-        key = f"{architecture}.{name}"
-        unscaled = name == "rope.scaling.factor" and file.metadata.get(f"{architecture}.rope.scaling.type") == "none"
-        if key in file.metadata and not unscaled and not any(_same(file.metadata[key], value) for value in harmless):
+    scaling = f"{architecture}.rope.scaling."
+    for pattern, harmless in _WITHOUT.items():
+        key = pattern.format(architecture)
+        if key == f"{scaling}factor" and _same(file.metadata.get(f"{scaling}type"), "none"):
+            continue  # then it counts for nothing
+        if key in file.metadata and not any(_same(file.metadata[key], value) for value in harmless):
             raise file.wrong(key, f"only {' or '.join(map(repr, harmless))} is supported")
     window = f"{architecture}.attention.sliding_window"
     if not _same(file.metadata.get(window, 0), 0) and _size(file, window) < _size(

@@ -25,6 +25,14 @@ Content = mmap.mmap | bytes
 _NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 """types of values -> their code in `struct`"""
 _STRING, _ARRAY = 8, 9
+_WORDS = {
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    str: "a string",
+    list: "an array of strings",
+    np.ndarray: "an array of numbers",
+}
 _VERSIONS = (2, 3)
 _AXES = 4  # of a tensor, at most
 _LONGEST_NAME = 65535
@@ -62,7 +70,7 @@ class File:
         """
         value = self.metadata.get(key, default)
         if value is not default and (not isinstance(value, kind) or (kind is int and isinstance(value, bool))):
-            raise self.wrong(key, f"it must be of type {kind.__name__}")
+            raise self.wrong(key, f"it must be {_WORDS[kind]}")
         return value
 
     def read(self, name: str) -> np.ndarray:

@@ -62,8 +62,8 @@ def load(
     Args:
         head: none, lm, mlm, classification or span; None for that of config.json. One that is asked for and is not in the files is made
             afresh, from seed 0.
-        labels: classes of a classification head, their number or names. Where the files have another number of them, the scores are made
-            afresh.
+        labels: classes of a classification head, their number or names; None for what config.json says. Where the files have another
+            number of them, the scores are made afresh.
 
     Raises:
         CheckpointError: missing, damaged, of an unknown family, or in need of what is not implemented.
@@ -143,14 +143,18 @@ def match(folder: Path, head: str | None = None, labels: Labels = None) -> Found
     if head is not None:
         choose(f"head of {family.name}", head, family.classes, CheckpointError)
     tensors = _modern(tensor_files.open_folder(folder), folder)
-    asked, wanted_head = head is not None, head or family.head(fields)
+    wanted_head = head or family.head(fields)
+    if labels is not None and wanted_head != "classification":
+        raise CheckpointError(
+            f"{folder}: labels are for a classification head, not for {wanted_head}: ask for that head"
+        )
     prefix = family.prefix(tensors)
     config = _read(family, fields, wanted_head, labels, tensors, prefix)
-    found = _match(folder, family, config, original, prefix, tensors, asked)
+    found = _match(folder, family, config, original, prefix, tensors, head is not None, labels is not None)
     if found is None:
         log.warning("%s: the head that its config.json names is not in the files: the base alone is loaded", folder)
         config = _read(family, fields, "none", None, tensors, prefix)
-        found = _match(folder, family, config, original, prefix, tensors, asked=False)
+        found = _match(folder, family, config, original, prefix, tensors)
         assert found is not None
     stated = original.get("max_position_embeddings")
     if config.positions == "rotary" and isinstance(stated, int) and stated > config.max_length:
@@ -202,22 +206,23 @@ def _match(
     original: dict[str, Any],
     prefix: str,
     tensors: Tensors,
-    asked: bool,
+    head_asked: bool = False,
+    labels_asked: bool = False,
 ) -> Found | None:
     """The tensors as the config needs them; None if its head is not there and was not asked for."""
     tensors = dict(tensors)
     wanted = names.places(config, family.entries(config, prefix))
     copies = _copies(family, config, prefix, wanted, tensors, folder)
-    absent = [path for path, place in wanted.items() if path.startswith("head/") and place.names[0] not in tensors]
-    replaced = []
-    if asked:
-        scores = [path for path in wanted if path.startswith("head/classification") and path not in absent]
-        replaced = [path for path in scores if tensors[wanted[path].names[0]].shape != wanted[path].there]
-        for path in (*absent, *replaced):
-            log.warning("%s: %s is made afresh", folder, wanted[path].names[0])
-    elif absent and len(absent) == sum(path.startswith("head/") for path in wanted):
+    absent = {path for path, place in wanted.items() if path.startswith("head/") and place.names[0] not in tensors}
+    own = {entry.ours for entry in family.heads[config.head]} & set(wanted)
+    if not head_asked and own and own <= absent:
         return None
-    fresh = frozenset((*absent, *replaced)) if asked else frozenset()
+    fresh = absent if head_asked else set()
+    if labels_asked:
+        scores = {path for path in own - absent if path.startswith("head/classification")}
+        fresh |= {path for path in scores if tensors[wanted[path].names[0]].shape != wanted[path].there}
+    for path in sorted(fresh):
+        log.warning("%s: %s is made afresh", folder, wanted[path].names[0])
     stored = {path: place for path, place in wanted.items() if path not in fresh}
     used = {name for place in stored.values() for name in place.names}
     others = family.of_other_heads(prefix)
@@ -231,7 +236,7 @@ def _match(
     for name in sorted(used):
         if tensors[name].dtype.type not in FLOATS:
             raise CheckpointError(f"{folder}: {name} is of dtype {tensors[name].dtype}: quantised weights are not read")
-    return Found(family, config, original, prefix, tensors, stored, fresh, copies, left_out)
+    return Found(family, config, original, prefix, tensors, stored, frozenset(fresh), copies, left_out)
 
 
 def _copies(

@@ -73,7 +73,7 @@ def save(
 
 
 def _write_json(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def _items(model: Model, family: Family, origin: Mapping[str, Any], dtype: np.dtype, as_stored: bool) -> Iterator[Item]:

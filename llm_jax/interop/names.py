@@ -219,7 +219,9 @@ def assemble(
             return fresh[path]
         place = wanted[path]
 
-        def shard(index: tuple[slice, ...]) -> np.ndarray:
+        def shard(index: tuple[slice, ...] | None) -> np.ndarray:
+            assert index is not None
+
             def part(name: str, inside: tuple[slice, ...]) -> np.ndarray:
                 return place.entry.layout.read(read(name), place.own, place.entry.part)[inside]
 

@@ -85,13 +85,13 @@ class NextToken:
 
 
 def document(text: str, tokenizer: Tokenizer) -> np.ndarray:
-    """The ids of a document between its begin and end tokens.
+    """The ids of a document between its begin and end tokens; the end token stands for a begin token where the tokenizer puts none.
 
     Raises:
         DataError: the tokenizer has neither.
     """
     end = tokenizer.eos if tokenizer.eos is not None else tokenizer.sep
-    begin = tokenizer.bos if tokenizer.bos is not None else tokenizer.cls if tokenizer.cls is not None else end
+    begin = next((i for i in (tokenizer.begin, tokenizer.cls, end) if i is not None), None)
     if end is None or begin is None:
         raise DataError("the tokenizer has no token that ends a document (such as </s> or <|endoftext|>): add one")
     return np.concatenate([[begin], tokenizer.encode(text), [end]]).astype(np.int32)

@@ -244,6 +244,8 @@ def test_weights_do_not_change_with_the_file(tmp_path, mesh):
     [
         ({"architecture": "gemma2"}, "unknown general.architecture 'gemma2'; known: llama, qwen2, qwen3"),
         ({"architecture": "qwen2moe"}, "unknown general.architecture 'qwen2moe'; did you mean 'qwen2'?"),
+        ({"general__type": "adapter"}, "general.type is 'adapter': only 'model' is supported"),
+        ({"split__count": 3}, "split.count is 3: only 0 or 1 is supported"),
         ({"llama__expert_count": 8}, "llama.expert_count is 8: only 0 is supported"),
         ({"llama__rope__scaling__type": "yarn"}, "llama.rope.scaling.type is 'yarn': only 'none' is supported"),
         ({"llama__rope__scaling__factor": 8.0}, "llama.rope.scaling.factor is 8.0: only 0.0 or 1.0 is supported"),
@@ -299,6 +301,7 @@ def test_what_is_not_supported_is_refused(tmp_path, changes, said):
 def test_keys_that_change_nothing_are_taken(tmp_path, mesh):
     plain = interop.read_sizes(file_of(tmp_path))
     changes = {
+        "general__type": "model",
         "llama__expert_count": 0,
         "llama__rope__scaling__type": "none",
         "llama__rope__scaling__factor": 8.0,
@@ -519,14 +522,14 @@ def test_tokens_found_before_the_others(tmp_path, sentencepiece):
         ({"merges": ["a b c"]}, "tokenizer.ggml.merges: entry 0 is not two tokens"),
         ({"merges": ["zz yy"]}, "not a tokenizer.json: Token `zz` out of vocabulary"),
         ({"token_type": [1]}, "tokenizer.ggml.tokens has 512 entries and tokenizer.ggml.token_type 1"),
-        ({"tokens": 3}, "tokenizer.ggml.tokens is 3: it must be of type list"),
+        ({"tokens": 3}, "tokenizer.ggml.tokens is 3: it must be an array of strings"),
         ({"tokens": ["a", "b", "a"], "token_type": None}, "tokenizer.ggml.tokens: 'a' is token 0 and token 2"),
         (
             {"tokens": ["a", "b" * 2000], "token_type": None},
             "tokenizer.ggml.tokens: token 1 has 2000 characters, above 1024",
         ),
         ({"bos_token_id": 512}, "tokenizer.ggml.bos_token_id is 512: there are 512 tokens"),
-        ({"add_bos_token": "yes"}, "tokenizer.ggml.add_bos_token is 'yes': it must be of type bool"),
+        ({"add_bos_token": "yes"}, "tokenizer.ggml.add_bos_token is 'yes': it must be true or false"),
     ],
     ids=lambda x: "-".join(x) if isinstance(x, dict) else "",
 )

@@ -304,3 +304,39 @@ def test_bfloat16(case: Case, tmp_path: Path, mesh: Any):
     assert again.dtype == torch.bfloat16
     kept = dict(again.named_parameters())
     assert all(torch.equal(kept[name].float(), x) for name, x in model.named_parameters())
+
+
+FRESH = [
+    ("bert", dict(head="classification", pooler="tanh", labels=3)),
+    ("roberta", dict(head="mlm")),
+    ("distilbert", dict(head="mlm", mlp="relu")),
+    ("gpt2", dict(mlp="silu", attention_scale=False)),
+    ("llama", dict(kv_heads=1, rotary_base=5e5)),
+    ("llama", dict(bias="qkv", tie_embeddings=True)),
+    ("llama", dict(qk_norm=True, head_dim=10)),
+    ("llama", dict(heads=5, kv_heads=1, head_dim=8)),
+    ("t5", dict(head_dim=10)),
+    ("t5", dict(head_dim=10, mlp="gated_gelu_tanh", tie_embeddings=False, decoder_layers=1)),
+    ("t5", dict(head_dim=10, mlp="gated_silu", logits_scale=False)),
+    ("marian", dict(decoder_layers=1)),
+]
+
+
+@pytest.mark.parametrize("family, changes", FRESH)
+def test_a_model_of_ours_is_read_by_transformers(family: str, changes: Any, made: Any, tmp_path: Path):
+    """One that never was theirs: all they need to know of it stands in the config.json."""
+    model = made(family, **{"layers": 1, **changes})
+    params = jax.tree.map(lambda x: 0.2 * x, model.params)
+    huggingface.save(model.__class__(model.config, params), tmp_path / "model")
+    config = transformers.AutoConfig.from_pretrained(tmp_path / "model")
+    cls = getattr(transformers, config.architectures[0])
+    again, report = cls.from_pretrained(tmp_path / "model", output_loading_info=True)
+    assert all("embed_positions" in name for name in report["missing_keys"]) and not report["unexpected_keys"]
+    case = Case(family, "", {}, "")
+    batch, theirs = inputs(case, again)
+    with torch.no_grad():
+        (expected,) = run_theirs(again.eval(), theirs)
+    found = jax.jit(functools.partial(our_outputs, model.config))(params, batch)[0]
+    where = where_real(expected)
+    assert np.abs(expected.numpy() * where).max() > 0.1
+    np.testing.assert_allclose(found * where, expected.numpy() * where, atol=1e-4)
