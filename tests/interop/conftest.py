@@ -1,5 +1,6 @@
 """Small directories as transformers writes them."""
 
+import functools
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -9,9 +10,9 @@ import numpy as np
 import pytest
 
 from llm_jax import tree
-from llm_jax.interop import huggingface
+from llm_jax.interop import huggingface, names
 from llm_jax.model import Model
-from llm_jax.models import presets, transformer
+from llm_jax.models import presets
 from llm_jax.models.config import ModelConfig
 
 SIZE = dict(vocab_size=99, layers=2, dim=36, heads=3, mlp_dim=50, max_length=32)
@@ -34,16 +35,17 @@ def unoptimised() -> Iterator[None]:
     jax.config.update("jax_disable_most_optimizations", False)
 
 
-def make_model(family: str, card: dict[str, Any] | None = None, **changes: Any) -> Model:
+@functools.cache
+def make_model(family: str, **changes: Any) -> Model:
     config = PRESETS[family](**{**SIZE, **changes})
     rng = np.random.default_rng(0)
-    params = jax.tree.map(lambda x: jax.numpy.asarray(rng.normal(size=x.shape), x.dtype), transformer.shapes(config))
-    return Model(config, params, None, card or {})
+    shapes = names._shapes(config)  # traced once for the model and what is done with it
+    return Model(config, jax.tree.map(lambda x: jax.numpy.asarray(rng.normal(size=x.shape), x.dtype), shapes))
 
 
 @pytest.fixture(scope="session")
 def made() -> Callable[..., Model]:
-    """`made(family, card=..., **changes)`: a small model of a preset with random weights."""
+    """`made(family, **changes)`: a small model of a preset with random weights."""
     return make_model
 
 
