@@ -32,7 +32,7 @@ def _train(arguments: Sequence[str]) -> None:
     from llm_jax import config
 
     as_json = "--json" in arguments
-    if not arguments or arguments[0] in ("-h", "--help"):
+    if not arguments or {"-h", "--help"} & set(arguments):
         print(
             "usage: python train.py --config=configs/NAME.py [--config.KEY=VALUE ...] [--json]\n\n"
             "example: python train.py --config=configs/quickstart.py --config.optimizer.learning_rate=3e-4\n\n"
@@ -187,10 +187,21 @@ def _import(arguments: Sequence[str]) -> None:
     parser = _parser("import", _import, "python -m llm_jax import models/bert-base-uncased checkpoints/bert")
     parser.add_argument("source", help="a Hugging Face directory, a GGUF file, or asset:minilm")
     parser.add_argument("checkpoint", help="the checkpoint to write; must not exist")
+    parser.add_argument(
+        "--head", help="of a directory: none, lm, mlm, classification or span; by default that of its config.json"
+    )
+    parser.add_argument("--labels", type=int, help="classes of a classification head that is made afresh")
     options = parser.parse_args(arguments)
     from llm_jax import model, tree
+    from llm_jax.interop import huggingface
 
-    loaded = model.load(options.source)
+    kind, path = model.locate(options.source)
+    if options.head or options.labels:
+        if kind != "huggingface":
+            raise UserError("--head and --labels are for a Hugging Face directory")
+        loaded = huggingface.load(path, head=options.head, labels=options.labels)
+    else:
+        loaded = model.load(path)
     model.save(loaded, options.checkpoint)
     origin = loaded.card.get("huggingface") or loaded.card.get("gguf") or {}
     found = {

@@ -193,13 +193,23 @@ class _Texts:
         return self._records[index]
 
 
+def _classifier(loaded: model.Model) -> tuple[Any, config.Data, config.Batch]:
+    """The task, data and batch of a run, or what goes with a classifier from elsewhere: its labels, and rows of up to 512 tokens."""
+    sizes = loaded.config
+    if "config" in loaded.card or sizes.head != "classification":
+        return saved_run(loaded.card, "this model")
+    named = loaded.card.get("labels") or [f"LABEL_{i}" for i in range(sizes.labels)]
+    batch = config.Batch(size=8, length=min(512, sizes.max_length))
+    return tasks.Classification(labels=tuple(named)), config.Data(long="truncate"), batch
+
+
 def predict(loaded: model.Model, texts: Sequence[str], pairs: Sequence[str] = ()) -> list[dict[str, Any]]:
     """The class and the probabilities of each text, or of each pair of texts, by a model that was trained to classify.
 
     Raises:
         UserError: a model of another task, or texts and pairs that do not go together.
     """
-    task, data, batch = saved_run(loaded.card, "this model")
+    task, data, batch = _classifier(loaded)
     if not isinstance(task, tasks.Classification):
         raise UserError(
             f"this model was trained on {type(task).__name__}: predict needs one that was trained to classify"

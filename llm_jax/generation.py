@@ -163,10 +163,8 @@ def _prompts(config: ModelConfig, tokenizer: Tokenizer, prompts: Sequence[str], 
     rows = [tokenizer.encode(prompt) for prompt in prompts]
     if config.architecture == "encoder-decoder":
         wide, lengths = _padded([np.concatenate([row, [] if end < 0 else [end]]) for row in rows])
-        start = tokenizer.pad if tokenizer.bos is None and tokenizer.pad is not None else begin
-        start = next(i for i in (start, tokenizer.bos, tokenizer.cls, tokenizer.eos) if i is not None)
         return {
-            "tokens": np.full((len(rows), 1), start, np.int32),
+            "tokens": np.full((len(rows), 1), tokenizer.start, np.int32),
             "lengths": np.ones(len(rows), np.int32),
             "encoder_tokens": wide,
             "encoder_segment_ids": (np.arange(wide.shape[1]) < lengths[:, None]).astype(np.int32),

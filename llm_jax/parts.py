@@ -15,6 +15,7 @@ from llm_jax.card import ORIGINS, Card, content_hash
 from llm_jax.config import Run
 from llm_jax.data.documents import documents, open_sources
 from llm_jax.data.pipeline import Loader, count_rows
+from llm_jax.data.sources import field
 from llm_jax.data.tokenizer import Tokenizer, load_tokenizer
 from llm_jax.data.vocabulary import TRAINERS
 from llm_jax.errors import CheckpointError, ConfigError, DataError
@@ -146,9 +147,9 @@ def _texts(run: Run, sources: list[Any]) -> Iterator[str]:
     for source in sources:
         for index in documents(source, run.data, "train"):
             record = source[int(index)]
-            yield from (
-                record[field] for field in (run.data.text, run.data.target) if isinstance(record.get(field), str)
-            )
+            if not record.get("invalid"):
+                texts = (field(record, run.data.text, "data.text"), record.get(run.data.target))
+                yield from (text for text in texts if isinstance(text, str))
 
 
 def assemble(run: Run, mesh: jax.sharding.Mesh, tokenizer: Tokenizer, train: Loader, heldout: Loader | None) -> Parts:

@@ -61,7 +61,9 @@ def test_card_is_plain_data_and_has_the_sizes_after_the_transforms(mesh):
         batch=Batch(size=2),
         transforms=(Transform(label="grow(2)"),),
     )
-    made = card.make_card(run, ModelConfig(dim=24), mesh(fsdp=2), {"parents": ["abc"]}, {"split": "train"}, step=3, tokens=5.0)
+    made = card.make_card(
+        run, ModelConfig(dim=24), mesh(fsdp=2), {"parents": ["abc"]}, {"split": "train"}, step=3, tokens=5.0
+    )
     plain = json.loads(json.dumps(made))
     assert (plain["config"]["model"]["dim"], plain["model"]["dim"]) == (12, 24)
     assert (plain["transforms"], plain["parents"], plain["sources"], plain["step"]) == (

@@ -1,5 +1,6 @@
 """Fine-tuning as a user does it: a trained encoder gets a head, learns labels from a CSV file, stops early, is asked for predictions."""
 
+import dataclasses
 import json
 
 import jax
@@ -10,6 +11,7 @@ from llm_jax import checkpoint, cli, loop, model
 from llm_jax.config import Batch, Checkpoint, Data, Eval, Optimizer, Run, Schedule
 from llm_jax.data.tokenizer import load_tokenizer
 from llm_jax.errors import CheckpointError, ConfigError, UserError
+from llm_jax.evaluate import predict
 from llm_jax.models import presets, transformer
 from llm_jax.sweep import sweep
 from llm_jax.tasks import Classification
@@ -111,10 +113,18 @@ def test_eval_of_a_classifier(tuned, capsys):
 
 
 def test_predict_needs_a_classifier(folder):
-    from llm_jax.evaluate import predict
-
     with pytest.raises(CheckpointError, match="describes no run"):
         predict(model.load(folder / "base"), ["warm"])
+
+
+def test_predict_by_a_classifier_from_elsewhere(tuned):
+    """One that was imported has no run on its card: its own labels are told."""
+    loaded = model.load(tuned[0].folder)
+    texts = ["a warm witty film", "the cast is dull and stale"]
+    card = {"name": "imported", "labels": ["poor", "fine"]}
+    found = predict(dataclasses.replace(loaded, card=card), texts)
+    assert [x["label"] for x in found] == ["fine", "poor"]
+    assert [x["label"] for x in predict(dataclasses.replace(loaded, card={}), texts)] == ["LABEL_1", "LABEL_0"]
 
 
 def test_early_stopping_ends_with_the_best_weights(folder):

@@ -102,6 +102,11 @@ class Tokenizer:
         before = self.frame()[0]
         return int(before[0]) if len(before) else None
 
+    @property
+    def start(self) -> int | None:
+        """The id that the target of an encoder-decoder begins with: pad where there is no bos, as in T5 and Marian, else bos."""
+        return next((i for i in (self.bos, self.pad, self.cls, self.eos) if i is not None), None)
+
     @functools.cached_property
     def _frames(self) -> dict[bool, tuple[np.ndarray, ...]]:
         found = {}

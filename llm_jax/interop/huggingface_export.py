@@ -104,7 +104,8 @@ def _head(family: Family, origin: Mapping[str, Any]) -> str:
 def config_json(model: Model, family: Family, origin: Mapping[str, Any], dtype: str) -> dict[str, Any]:
     """What goes into config.json: what an imported model's said, under what this model is now."""
     original = dict(origin.get("config", {}))
-    labels = model.card.get("labels") or []
+    task = model.card.get("config", {}).get("task", {})
+    labels = task.get("labels") or model.card.get("labels") or []
     labels = labels if len(labels) == model.config.labels else []
     made = families.describe(family, model.config, original, labels)
     made["architectures"] = [family.classes[model.config.head]]
@@ -124,7 +125,7 @@ def _with_ids(made: dict[str, Any], model: Model) -> dict[str, Any]:
         if made.get(f"{role}_token_id") is None:
             made[f"{role}_token_id"] = special.get(role)
     if model.config.architecture == "encoder-decoder" and made.get("decoder_start_token_id") is None:
-        begin = special.get("bos") if special.get("bos") is not None else made["pad_token_id"]
+        begin = made["pad_token_id"] if model.tokenizer is None else model.tokenizer.start
         made["decoder_start_token_id"] = begin if begin is not None else 0
     return made
 

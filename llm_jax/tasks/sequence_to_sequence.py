@@ -45,8 +45,7 @@ class SequenceToSequence:
         """The pair; one that is longer than its row is cut, dropped or refused, since half a sentence has no translation."""
         source = document(self.prefix + record["text"], tokenizer)[1:]
         symbols = document(record["target"], tokenizer)
-        if tokenizer.pad is not None and tokenizer.bos is None:
-            symbols[0] = tokenizer.pad  # as T5 and Marian begin a target
+        symbols[0] = tokenizer.start
         room = self.lengths(length)
         over = max(0, len(source) - room["encoder_tokens"]) + max(0, len(symbols) - 1 - room["tokens"])
         if over and long == "drop":

@@ -78,10 +78,9 @@ class SpanCorruption:
         lost = len(ids) - sum(stop - start for start, stop in windows)
         for i, (start, stop) in enumerate(windows):
             source, target = self.corrupt(ids[start:stop], tokenizer, rng)
-            begin = tokenizer.pad if tokenizer.pad is not None else target[-1]
             yield {
                 "encoder_tokens": source,
-                "tokens": np.concatenate([[begin], target[:-1]]).astype(np.int32),
+                "tokens": np.concatenate([[tokenizer.start], target[:-1]]).astype(np.int32),
                 "targets": target,
                 "weights": np.ones(len(target), np.float32),
                 "account": account(

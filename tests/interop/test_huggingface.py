@@ -342,6 +342,23 @@ def test_a_config_at_odds_with_the_tensors_is_refused(change: Any, message: str,
         assert "\n" not in str(caught.value) and len(str(caught.value)) < 600
 
 
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (
+            dict(type_vocab_size=2**31 - 1),
+            r"embeddings.token_type_embeddings.weight is \[2, 36\], not \[2147483647, 36\]",
+        ),
+        (dict(id2label=None, num_labels=2**31 - 1), r"classifier.bias is \[2\], not \[2147483647\]"),
+    ],
+)
+def test_other_sizes_beyond_reason_are_refused_before_anything_is_made(change: Any, message: str, directory: Any):
+    folder = directory("bert", head="classification")
+    edit_config(folder, **change)
+    with pytest.raises(CheckpointError, match=message):
+        huggingface.load(folder)
+
+
 def write(name: str, text: str) -> Callable[[Path], None]:
     return lambda folder: (folder / name).write_text(text) and None
 
