@@ -182,6 +182,37 @@ def _answer(found: dict[str, Any]) -> str:
     return f"{found['label']:12} {found['probabilities'][found['label']]:.4f}  {found['text']}"
 
 
+def _merge(arguments: Sequence[str]) -> None:
+    """Make one model of several that share their sizes: mean, moving average, slerp, task vectors, TIES."""
+    parser = _parser("merge", _merge, "python -m llm_jax merge merged runs/a runs/b --method=ties --keep=0.2")
+    parser.add_argument("out", help="the checkpoint to write; must not exist")
+    parser.add_argument(
+        "models", nargs="+", help="checkpoints or runs' folders; for task_vectors and ties the first is the base"
+    )
+    parser.add_argument("--method", default="mean", help="mean, moving_average, slerp, task_vectors or ties")
+    parser.add_argument(
+        "--weights", type=float, nargs="+", default=[], help="of the mean, one a model; by default equal"
+    )
+    parser.add_argument(
+        "--decay", type=float, default=0.9, help="of the moving average, the models in the order of training"
+    )
+    parser.add_argument("--t", type=float, default=0.5, help="slerp: place between the two models")
+    parser.add_argument(
+        "--scale", type=float, default=1.0, help="task_vectors and ties: factor of what is added to the base"
+    )
+    parser.add_argument("--keep", type=float, default=0.2, help="ties: share of each model's change that is kept")
+    options = parser.parse_args(arguments)
+    from llm_jax import model
+    from llm_jax.transforms import merge
+
+    names = ("weights", "decay", "t", "scale", "keep")
+    change = merge(options.method, **{name: getattr(options, name) for name in names})
+    made = model.merge([model.load(path) for path in options.models], change)
+    model.save(made, options.out)
+    found = {"checkpoint": options.out, "transform": change.label, "parents": made.card["parents"]}
+    _print(found, f"{options.out}: {change.label} of {len(options.models)} models", options.json)
+
+
 def _import(arguments: Sequence[str]) -> None:
     """Make a checkpoint of a Hugging Face directory, a GGUF file or asset:NAME."""
     parser = _parser("import", _import, "python -m llm_jax import models/bert-base-uncased checkpoints/bert")
@@ -265,6 +296,7 @@ VERBS: dict[str, Callable[[Sequence[str]], None]] = {
     "score": _score,
     "generate": _generate,
     "predict": _predict,
+    "merge": _merge,
     "import": _import,
     "export": _export,
     "show": _show,

@@ -229,7 +229,9 @@ def stream(
             if not stopped[row]:
                 ids = made[:, row]
                 ids = ids[: int(np.argmax(ids == end))] if (ids == end).any() else ids
-                texts[row], stopped[row] = _settled(tokenizer.decode(ids), stop, last or bool(going.done[row]))
+                after = [] if "encoder_tokens" in batch else batch["tokens"][row, : batch["lengths"][row]].tolist()
+                text = tokenizer.continuation(ids.tolist(), after)
+                texts[row], stopped[row] = _settled(text, stop, last or bool(going.done[row]))
         yield list(texts)
         if last or all(stopped):
             return

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import importlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -149,3 +150,31 @@ def transform(model: Model, change: transforms.Transform, key: Array, aux: Any =
         "model": to_dict(config),
     }
     return Model(config, params, model.tokenizer, json.loads(json.dumps(card)))
+
+
+def merge(models: Sequence[Model], change: transforms.Transform, name: str = "") -> Model:
+    """The first of several models changed by `transforms.merge(...)`, which reads the others; its card names them all as parents.
+
+    Raises:
+        UserError: models of other sizes than the first, or with another tokenizer.
+    """
+    first, *others = models
+    for other in others:
+        different = checkpoint.difference(other.params, first.params)
+        if different or _essential(other.config) != _essential(first.config):
+            raise UserError(
+                f"{other.card.get('name', 'a model')!r} has other sizes than {first.card.get('name', 'the first')!r}"
+                f"{': ' + different if different else ''}: only models of one config can be merged"
+            )
+        if other.tokenizer is not None and first.tokenizer is not None and other.tokenizer != first.tokenizer:
+            raise UserError(f"{other.card.get('name', 'a model')!r} has another tokenizer: its weights know other ids")
+    made = transform(first, change, jax.random.key(0), tuple(other.params for other in others))
+    parents = [content_hash(each.params) for each in models]
+    return dataclasses.replace(
+        made, card={**made.card, "parents": parents, "name": name or made.card.get("name", "merged")}
+    )
+
+
+def _essential(config: ModelConfig) -> ModelConfig:
+    """The sizes without what makes no difference to a trained model."""
+    return config.replace(dropout=0.0, dtype="auto", remat="none")

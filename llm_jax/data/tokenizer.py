@@ -8,7 +8,7 @@ import dataclasses
 import functools
 import hashlib
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -149,6 +149,16 @@ class Tokenizer:
         if wrong:
             raise DataError(f"token id {wrong[0]} is not in the vocabulary of {self.vocab_size}")
         return self._marked.decode(values, skip_special_tokens=skip_special)
+
+    def continuation(self, ids: Sequence[int], after: Sequence[int] = ()) -> str:
+        """The text that the ids add to a text that ends with the ids `after`: decoded alone, some lose the blank before their first word.
+
+        >>> t = load_tokenizer("bpe:300", ["aa aa aa"] * 9)
+        >>> t.continuation(t.encode(" aa"), after=t.encode("aa"))
+        ' aa'
+        """
+        begin, whole = self.decode(after[-1:]), self.decode([*after[-1:], *ids])
+        return whole[len(begin) :] if whole.startswith(begin) else self.decode(ids)
 
     def id(self, token: str) -> int | None:
         """The id of a token by its name, None if there is no such token."""

@@ -338,3 +338,36 @@ def test_errors_in_use(bpe):
         with pytest.raises(DataError) as error:
             call()
         assert str(error.value).startswith(said)
+
+
+def test_a_continuation_keeps_the_blank_before_its_first_word():
+    """A tokenizer of the kind of Llama's strips the first blank of what it decodes."""
+    definition = {
+        "version": "1.0",
+        "added_tokens": [],
+        "model": {"type": "BPE", "vocab": {"\u2581a": 0, "\u2581b": 1, "c": 2}, "merges": []},
+        "decoder": {
+            "type": "Sequence",
+            "decoders": [
+                {"type": "Replace", "pattern": {"String": "\u2581"}, "content": " "},
+                {"type": "Fuse"},
+                {"type": "Strip", "content": " ", "start": 1, "stop": 0},
+            ],
+        },
+    }
+    tokenizer = Tokenizer(json.dumps(definition))
+    assert tokenizer.decode([1, 2]) == "bc"
+    assert tokenizer.continuation([1, 2], after=[0]) == " bc" and tokenizer.continuation([2], after=[0]) == "c"
+    assert tokenizer.continuation([1, 2]) == "bc"
+
+
+def test_what_a_text_begins_with():
+    for config, expected in (
+        ({"bos_token": "<s>", "add_bos_token": True}, 0),
+        ({"bos_token": "<s>", "add_bos_token": False}, None),
+        ({"bos_token": "<s>"}, None),
+    ):
+        model = {"type": "BPE", "vocab": {"<s>": 0, "</s>": 1, "<pad>": 2, "a": 3}, "merges": []}
+        tokenizer = Tokenizer(json.dumps({"version": "1.0", "added_tokens": [], "model": model}), json.dumps(config))
+        assert tokenizer.begin == expected and tokenizer.start == 0
+        assert [x.tolist() for x in tokenizer.frame()] == [[], [1]]
