@@ -110,6 +110,12 @@ def config_json(model: Model, family: Family, origin: Mapping[str, Any], dtype: 
     made = families.describe(family, model.config, original, labels)
     made["architectures"] = [family.classes[model.config.head]]
     made["model_type"] = family.name
+    pad, wanted = model.tokenizer and model.tokenizer.pad, family.write(model.config).get("pad_token_id")
+    if pad is not None and wanted is not None and pad != wanted:
+        raise CheckpointError(
+            f"{family.name} of transformers counts positions from its pad token: model.position_offset is "
+            f"{model.config.position_offset}, so that its id must be {wanted}, but in this tokenizer it is {pad}"
+        )
     made["dtype"] = made["torch_dtype"] = dtype if dtype in DTYPE_WORDS else "float32"
     return {key: value for key, value in _with_ids(made, model).items() if key != "auto_map"}
 

@@ -423,6 +423,14 @@ def test_a_tokenizer_with_more_ids_than_rows_is_refused(made: Any, tokenizer: To
         huggingface.load(tmp_path / "model")
 
 
+def test_a_pad_token_that_moves_the_positions_is_refused(made: Any, tokenizer: Tokenizer, tmp_path: Path):
+    config = made("roberta", head="mlm", vocab_size=512).config.replace(position_offset=tokenizer.pad + 2)
+    with pytest.raises(
+        CheckpointError, match=f"its id must be {tokenizer.pad + 1}, but in this tokenizer it is {tokenizer.pad}"
+    ):
+        huggingface.save(Model(config, {}, tokenizer), tmp_path / "model")
+
+
 @pytest.mark.parametrize("family", ["gpt2", "llama", "bert", "t5", "marian"])
 def test_transformers_reads_the_tokenizer(family: str, made: Any, tokenizer: Tokenizer, corpus: Path, tmp_path: Path):
     transformers = pytest.importorskip("transformers")
