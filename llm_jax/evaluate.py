@@ -196,8 +196,10 @@ class _Texts:
 def _classifier(loaded: model.Model) -> tuple[Any, config.Data, config.Batch]:
     """The task, data and batch of a run, or what goes with a classifier from elsewhere: its labels, and rows of up to 512 tokens."""
     sizes = loaded.config
-    if "config" in loaded.card or sizes.head != "classification":
+    if "config" in loaded.card:
         return saved_run(loaded.card, "this model")
+    if sizes.head != "classification":
+        raise UserError(f"this model has head {sizes.head!r}: predict needs one that was trained to classify")
     named = loaded.card.get("labels") or [f"LABEL_{i}" for i in range(sizes.labels)]
     batch = config.Batch(size=8, length=min(512, sizes.max_length))
     return tasks.Classification(labels=tuple(named)), config.Data(long="truncate"), batch

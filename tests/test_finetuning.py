@@ -10,7 +10,7 @@ import pytest
 from llm_jax import checkpoint, cli, loop, model
 from llm_jax.config import Batch, Checkpoint, Data, Eval, Optimizer, Run, Schedule
 from llm_jax.data.tokenizer import load_tokenizer
-from llm_jax.errors import CheckpointError, ConfigError, UserError
+from llm_jax.errors import ConfigError, UserError
 from llm_jax.evaluate import predict
 from llm_jax.models import presets, transformer
 from llm_jax.sweep import sweep
@@ -113,7 +113,7 @@ def test_eval_of_a_classifier(tuned, capsys):
 
 
 def test_predict_needs_a_classifier(folder):
-    with pytest.raises(CheckpointError, match="describes no run"):
+    with pytest.raises(UserError, match="this model has head 'mlm': predict needs one that was trained to classify"):
         predict(model.load(folder / "base"), ["warm"])
 
 

@@ -101,6 +101,7 @@ def _read_t5(f: Fields, head: str, held: Held) -> ModelConfig:
             f"{f.where}: tie_word_embeddings is false and scale_decoder_outputs true: implemented are tied and scaled, or neither"
         )
     layers = f.integer("num_layers")
+    buckets = f.integer("relative_attention_num_buckets", 32, least=4)
     return ModelConfig(
         architecture="encoder-decoder",
         vocab_size=f.integer("vocab_size"),
@@ -115,8 +116,8 @@ def _read_t5(f: Fields, head: str, held: Held) -> ModelConfig:
         norm="rms",
         norm_epsilon=f.number("layer_norm_epsilon", 1e-6),
         positions="relative",
-        relative_buckets=f.integer("relative_attention_num_buckets", 32),
-        relative_distance=f.integer("relative_attention_max_distance", 128),
+        relative_buckets=buckets,
+        relative_distance=f.integer("relative_attention_max_distance", 128, least=buckets // 2 + 1),
         attention_scale=False,
         tie_embeddings=not own,
         logits_scale=scaled,

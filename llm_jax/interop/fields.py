@@ -60,7 +60,7 @@ class Fields:
     def integer(self, key: str, default: Any = _MISSING, least: int = 1) -> int:
         """A whole number. Raises CheckpointError for what is none, and for one beyond all reason."""
         value = self._get(key, default)
-        if value is default:
+        if self.values.get(key) is None:
             return value
         if not isinstance(value, int) or isinstance(value, bool):
             raise self._wrong(key, "it must be a whole number")

@@ -130,6 +130,13 @@ class ModelConfig:
             raise ConfigError(f"rotary positions need an even head size, not {self.head_size}")
         if self.positions.startswith("sinusoidal") and self.dim % 2:
             raise ConfigError(f"sinusoidal positions need an even model.dim, not {self.dim}")
+        if self.positions == "relative" and (
+            self.relative_buckets < 4 or self.relative_distance <= self.relative_buckets // 2
+        ):
+            raise ConfigError(
+                f"relative positions need at least 4 buckets, not {self.relative_buckets}, and a distance of more than half of "
+                f"them, not {self.relative_distance}"
+            )
         if not 0 <= self.dropout < 1:
             raise ConfigError(f"model.dropout is {self.dropout}: it must lie in [0, 1)")
         if self.patch_size and self.image_size % self.patch_size:

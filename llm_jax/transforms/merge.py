@@ -30,7 +30,7 @@ def slerp(x: Stack, t: float) -> Array:
     cosine = jnp.vdot(a, b) / jnp.maximum(jnp.linalg.norm(a) * jnp.linalg.norm(b), 1e-30)
     angle = jnp.arccos(jnp.clip(cosine, -1, 1))
     sine = jnp.sin(angle)
-    straight = sine < 1e-4
+    straight = sine < 2e-3  # float32 does not tell such an angle from none
     sine = jnp.where(straight, 1, sine)
     along = jnp.sin((1 - t) * angle) / sine * a + jnp.sin(t * angle) / sine * b
     return jnp.where(straight, a + t * (b - a), along)
@@ -117,11 +117,12 @@ def merge(
 
         return tree.map_with_name(leaf, params, *aux)
 
-    told = {
+    every: dict[str, dict[str, Any]] = {
         "mean": {"weights": tuple(weights)},
         "moving_average": {"decay": decay},
         "slerp": {"t": t},
         "task_vectors": {"scale": scale},
         "ties": {"scale": scale, "keep": keep},
-    }[method]
-    return Transform(params=params, label=f"merge({method!r}, {', '.join(f'{k}={v}' for k, v in told.items())})")
+    }
+    told = ", ".join(f"{name}={value}" for name, value in every[method].items())
+    return Transform(params=params, label=f"merge({method!r}, {told})")

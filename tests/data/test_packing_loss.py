@@ -53,6 +53,7 @@ class Words:
     """Each word is a number, and its own token."""
 
     pad, bos, eos, sep, cls, mask, vocab_size, fingerprint = 0, 1, 2, None, None, None, VOCABULARY, "t"
+    begin, start = 1, 1
 
     def encode(self, text):
         return np.array(text.split(), np.int32)

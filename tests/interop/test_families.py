@@ -151,6 +151,8 @@ def test_values_are_read(family, values, expected):
         ("t5", dict(dense_act_fn="gelu"), "dense_act_fn is 'gelu', but feed_forward_proj 'relu'"),
         ("t5", dict(is_gated_act=True), "is_gated_act is True"),
         ("t5", dict(scale_decoder_outputs=True, tie_word_embeddings=False), "tie_word_embeddings is false and scale_decoder_outputs true"),
+        ("t5", dict(relative_attention_num_buckets=3), "relative_attention_num_buckets is 3: it must lie from 4 to"),
+        ("t5", dict(relative_attention_max_distance=16), "relative_attention_max_distance is 16: it must lie from 17 to"),
         ("marian", dict(decoder_ffn_dim=51), "decoder_ffn_dim is 51: not implemented; only 50 is"),
         ("marian", dict(decoder_attention_heads=4), "decoder_attention_heads is 4"),
         ("marian", dict(normalize_before=True), "normalize_before is True"),

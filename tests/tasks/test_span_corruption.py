@@ -101,7 +101,7 @@ def test_examples(bpe):
             len(e["encoder_tokens"]) <= 24
             and len(e["tokens"]) == len(e["targets"]) == len(e["weights"]) <= task.lengths(24)["tokens"]
         )
-        assert e["tokens"].tolist() == [bpe.pad, *e["targets"][:-1]] and (e["weights"] == 1).all()
+        assert e["tokens"].tolist() == [bpe.bos, *e["targets"][:-1]] and (e["weights"] == 1).all()
     counted = dict(zip(ACCOUNT, sum(e["account"] for e in found)))
     assert len(ids) % window != 1, "no token is left over"
     assert (counted["tokens"], counted["lost"], counted["truncated"], counted["bytes"]) == (
