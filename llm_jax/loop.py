@@ -124,8 +124,6 @@ class _Session:
             (self.run.folder / "config.json").write_text(json.dumps(to_dict(self.run), indent=1), encoding="utf-8")
             parts.tokenizer.save(self.run.folder / "tokenizer.json")
         self.metrics = logs.Metrics(self.run.folder, self.start, self.run.steps, silent=not self.lead)
-        # Metrics are read one step late, so that an accelerator is never waited for; on CPU that would hold the buffers of two steps.
-        self.ahead = 0 if jax.default_backend() == "cpu" else 1
         self.lap = time.perf_counter()
 
     def _begin(self) -> step.TrainState:
@@ -188,7 +186,7 @@ class _Session:
         return self.at >= self.run.steps or bool(patience and self.best["stale"] >= patience)
 
     def one_step(self) -> None:
-        """Take a batch and a step, and read the metrics that are due."""
+        """Take a batch and a step; read the metrics of the step before, so that the device is never waited for."""
         before = time.perf_counter()
         rows = next(self.parts.train)
         waited = time.perf_counter() - before
@@ -202,7 +200,7 @@ class _Session:
         filled = rows.account[FIELDS.index("filled")] * jax.process_count()
         told = {"samples": rows.digest, "input_wait": waited, "work": work, "tokens": float(filled)}
         self.pending.append((self.at, metrics, told))
-        self.flush(self.ahead)
+        self.flush(1)
 
     def flush(self, keep: int = 0) -> None:
         """Write the metrics of all but the newest `keep` steps.
