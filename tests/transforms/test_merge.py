@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from llm_jax import cli, model, sharding
-from llm_jax.errors import ConfigError, UserError
+from llm_jax.errors import ConfigError
 from llm_jax.models import presets, transformer
 from llm_jax.transforms import merge
 
@@ -128,4 +128,3 @@ def test_the_command(tmp_path, capsys):
     assert made.card["parents"] == parents and made.card["transforms"] == ["merge('slerp', t=0.3)"]
     assert cli.main(["merge", str(tmp_path / "new"), paths[1], str(tmp_path / "other")]) == 2
     assert "has other sizes than" in capsys.readouterr().err and not (tmp_path / "new").exists()
-    assert issubclass(ConfigError, UserError)
