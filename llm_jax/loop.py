@@ -22,7 +22,7 @@ from llm_jax.data.pipeline import check_fingerprint
 from llm_jax.errors import CheckpointError, NonFiniteError, choose
 from llm_jax.metrics import rising
 from llm_jax.parts import Parts, build, describe
-from llm_jax.platform import gather, setup
+from llm_jax.platform import await_buffers, gather, release_freed_memory, setup
 from llm_jax.tasks.base import Judgement
 
 log = logging.getLogger(__name__)
@@ -194,6 +194,7 @@ class _Session:
         self.accounting.check(self.run.data.max_dropped)
         batch = sharding.put(rows.batch, self.parts.mesh)
         work = flops.train_flops(self.parts.model, {name: x.shape for name, x in batch.items()})
+        await_buffers(self.state)
         self.state, metrics = self.parts.step(self.state, batch)
         self.at += 1
         self.counts["flops"] += work
@@ -201,6 +202,8 @@ class _Session:
         told = {"samples": rows.digest, "input_wait": waited, "work": work, "tokens": float(filled)}
         self.pending.append((self.at, metrics, told))
         self.flush(1)
+        if self.at - self.start <= 2:  # the first step is compiled; the second finds its buffers a lasting place
+            release_freed_memory()
 
     def flush(self, keep: int = 0) -> None:
         """Write the metrics of all but the newest `keep` steps.
@@ -290,6 +293,7 @@ class _Session:
         if not (self.resumed and self.at == self.start):  # else the file has it already
             self.metrics.write(self.at, {f"eval/{name}": x for name, x in found.items()})
         self.say_found()
+        release_freed_memory()
         self._lap()
 
     def say_found(self) -> None:
@@ -353,6 +357,7 @@ class _Session:
 
     def finish(self, begin: float) -> dict[str, Any]:
         """What result.json holds."""
+        release_freed_memory()
         facts = {
             "name": self.run.name,
             "steps": self.at,

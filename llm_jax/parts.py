@@ -21,6 +21,7 @@ from llm_jax.data.vocabulary import TRAINERS
 from llm_jax.errors import CheckpointError, ConfigError, DataError
 from llm_jax.models import transformer
 from llm_jax.models.config import ModelConfig
+from llm_jax.platform import compiler_options
 from llm_jax.transforms.accumulate import accumulate
 from llm_jax.transforms.freeze import freeze
 from llm_jax.transforms.moving_average import moving_average
@@ -188,9 +189,15 @@ def assemble(run: Run, mesh: jax.sharding.Mesh, tokenizer: Tokenizer, train: Loa
             started, card = loaded.params, loaded.card
             inherited["parents"] = [card.get("hashes", {}).get("params") or content_hash(started)]
             inherited |= {name: card[name] for name in ORIGINS if name in card}
-        return jax.jit(init, out_shardings=placed, compiler_options=quick)(key, started), inherited
+        begun = jax.jit(init, donate_argnums=1, out_shardings=placed, compiler_options=quick)(key, started)
+        return begun, inherited
 
-    update = jax.jit(step.make_step(loss, grad, optimizer), donate_argnums=0, out_shardings=(placed, None))
+    update = jax.jit(
+        step.make_step(loss, grad, optimizer),
+        donate_argnums=0,
+        out_shardings=(placed, None),
+        compiler_options=compiler_options(),
+    )
     return Parts(
         run,
         model,
