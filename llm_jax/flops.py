@@ -53,7 +53,13 @@ def forward_flops(config: ModelConfig, shapes: Mapping[str, tuple[int, ...]]) ->
         total += rows * length * (2 * stack("decoder") + 2 * config.layers * length * width)
     if config.architecture == "encoder-decoder":
         source = shapes["encoder_tokens"][1]
-        cross = tree.size([weights["decoder"]["layers"]["cross"][name] for name in ("key", "value")])
+        cross = tree.size(
+            [
+                x
+                for name, x in weights["decoder"]["layers"]["cross"].items()
+                if name.startswith(("key", "value")) and not name.endswith(("bias", "norm"))
+            ]
+        )
         total += rows * source * (2 * stack("encoder") + 4 * config.layers * source * width + 2 * cross)
         total += (
             rows * length * (2 * (stack("decoder") - cross) + config.decoder_depth * width * (2 * length + 4 * source))

@@ -146,8 +146,16 @@ class _Session:
         self.accounting = Accounting(found.data["accounting"] if self.lead else None)
         self.counts = {name: found.card[name] for name in ("tokens", "flops")}
         self.results, self.best = found.card["results"], found.card["best"]
-        self.inherited = {name: found.card[name] for name in ("parents", *cards.ORIGINS) if name in found.card}
-        return step.TrainState(**{"params": found.params, **found.state})
+        self.inherited = {
+            name: found.card[name] for name in ("parents", "references", *cards.ORIGINS) if name in found.card
+        }
+        others, hashes = parts.reference()
+        for name, before in found.card.get("references", {}).items():
+            if hashes.get(name) != before:
+                raise CheckpointError(
+                    f"the model that the run reads as {name!r} has changed since {self.run.folder} was begun"
+                )
+        return step.TrainState(**{"params": found.params, **found.state, "reference": others})
 
     def carry_out(self, begin: float) -> dict[str, Any]:
         """All remaining steps, then the last evaluation."""

@@ -1,5 +1,6 @@
 """What a run works with, built from its config: data, mesh, initial state, step. Nothing is trained here; that is `loop.py`."""
 
+import contextlib
 import dataclasses
 import logging
 import math
@@ -7,6 +8,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
+import numpy as np
 
 from llm_jax import checkpoint, evaluate, optim, sharding, step, tree
 from llm_jax import model as models
@@ -42,6 +44,8 @@ class Parts:
     heldout: Loader | None
     schedule: Callable[[Any], Any]
     """step -> factor of the learning rate, jitted"""
+    reference: Callable[[], tuple[dict[str, Any], dict[str, str]]]
+    """() -> other weights that the loss reads, such as a teacher's, by name, and the hash of each; they are part of no checkpoint"""
     init: Callable[[], tuple[step.TrainState, Card]]
     """() -> the state before the first step, and what its card inherits: the hashes of the weights it starts from, their origin"""
     abstract: step.TrainState
@@ -109,7 +113,37 @@ def build(run: Run) -> Parts:
             "heldout",
             **place,
         )
-    return assemble(run, mesh, tokenizer, train, heldout)
+    wanted = transform_of(run).calibration
+    aux = _calibration(run, sources, tokenizer, wanted) if wanted else None
+    return assemble(run, mesh, tokenizer, train, heldout, aux)
+
+
+def _calibration(run: Run, sources: list[Any], tokenizer: Tokenizer, count: int) -> tf.Calibration:
+    """The first `count` batches that one process alone would train on; the same on every process."""
+    with contextlib.closing(Loader(sources, tokenizer, run.task, run.data, run.batch, run.seed, "train")) as rows:
+        batches = [next(rows).batch for _ in range(count)]
+    if any(x.shape != batches[0][name].shape for batch in batches for name, x in batch.items()):
+        raise ConfigError("the rows that a transform looks at must be of one length: leave data.buckets empty")
+    return tf.Calibration({name: np.stack([b[name] for b in batches]) for name in batches[0]}, run.task.loss)
+
+
+def _references(change: tf.Transform, mesh: jax.sharding.Mesh) -> tuple[dict[str, Any], Callable[[], dict[str, Any]]]:
+    """Shapes and places of the models that the loss reads beside its own, and how to get their weights."""
+    abstract: dict[str, Any] = {}
+    for name, source in change.reference.items():
+        config = models.sizes(source) if isinstance(source, str) else source.config
+        abstract[name] = models.abstract_params(config, mesh)
+
+    def weights() -> dict[str, Any]:
+        placed = {name: jax.tree.map(lambda x: x.sharding, x) for name, x in abstract.items()}
+        return {
+            name: models.load(source, mesh).params
+            if isinstance(source, str)
+            else jax.device_put(source.params, placed[name])
+            for name, source in change.reference.items()
+        }
+
+    return abstract, weights
 
 
 def _sizes(run: Run) -> ModelConfig:
@@ -153,7 +187,14 @@ def _texts(run: Run, sources: list[Any]) -> Iterator[str]:
                 yield from (text for text in texts if isinstance(text, str))
 
 
-def assemble(run: Run, mesh: jax.sharding.Mesh, tokenizer: Tokenizer, train: Loader, heldout: Loader | None) -> Parts:
+def assemble(
+    run: Run,
+    mesh: jax.sharding.Mesh,
+    tokenizer: Tokenizer,
+    train: Loader,
+    heldout: Loader | None,
+    aux: tf.Calibration | None,
+) -> Parts:
     """The functions of a run: initial state, step, evaluation step, with their shardings."""
     change, began = transform_of(run), run.model
     assert began is not None
@@ -166,15 +207,17 @@ def assemble(run: Run, mesh: jax.sharding.Mesh, tokenizer: Tokenizer, train: Loa
     judged = change.loss(judge.loss(model))
     grad = change.grad(step.differentiate(loss))
 
-    def init(key: Any, started: Any) -> step.TrainState:
+    def init(key: Any, started: Any, aux: Any) -> step.TrainState:
         first, second, third = jax.random.split(key, 3)
         params = transformer.init(began, first) if started is None else started
-        return step.init_state(change.params(began, params, second, None), optimizer, third)
+        return step.init_state(change.params(began, params, second, aux), optimizer, third)
 
     key = jax.random.key(run.seed)
     begin = None if run.start == "fresh" else models.abstract_params(began, mesh)
-    abstract = jax.eval_shape(init, key, begin)
+    abstract = jax.eval_shape(init, key, begin, aux)
     placed = sharding.state_shardings(mesh, abstract, sharding.params_shardings(mesh, axes, shapes))
+    beside, weights = _references(change, mesh)
+    complete = placed._replace(reference=jax.tree.map(lambda x: x.sharding, beside))
 
     # What runs once need not be fast: on CPU that cuts its compilation, as long as that of the step, to a quarter. The values are the same.
     quick = {"xla_backend_optimization_level": 1} if jax.default_backend() == "cpu" else None
@@ -189,13 +232,22 @@ def assemble(run: Run, mesh: jax.sharding.Mesh, tokenizer: Tokenizer, train: Loa
             started, card = loaded.params, loaded.card
             inherited["parents"] = [card.get("hashes", {}).get("params") or content_hash(started)]
             inherited |= {name: card[name] for name in ORIGINS if name in card}
-        begun = jax.jit(init, donate_argnums=1, out_shardings=placed, compiler_options=quick)(key, started)
-        return begun, inherited
+        make = jax.jit(init, donate_argnums=1, out_shardings=placed, compiler_options=quick)
+        state = make(key, started, aux)
+        del started
+        others, hashes = reference()
+        if hashes:
+            inherited["references"] = hashes
+        return state._replace(reference=others), inherited
+
+    def reference() -> tuple[dict[str, Any], dict[str, str]]:
+        others = weights()
+        return others, {name: content_hash(x) for name, x in others.items()}
 
     update = jax.jit(
         step.make_step(loss, grad, optimizer),
         donate_argnums=0,
-        out_shardings=(placed, None),
+        out_shardings=(complete, None),
         compiler_options=compiler_options(),
     )
     return Parts(
@@ -206,9 +258,10 @@ def assemble(run: Run, mesh: jax.sharding.Mesh, tokenizer: Tokenizer, train: Loa
         train,
         heldout,
         schedule,
+        reference,
         start,
-        abstract,
-        placed,
+        abstract._replace(reference=beside),
+        complete,
         update,
         evaluate.make_eval_step(judged, judge),
     )

@@ -32,6 +32,7 @@ RULES: dict[str, tuple[str, ...]] = {
     "labels": (),
     "buckets": (),
     "pixels": (),
+    "rank": (),
 }
 """Logical axis of an array -> mesh axes it is split over."""
 

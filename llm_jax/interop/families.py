@@ -63,6 +63,7 @@ def _essence(config: ModelConfig) -> dict[str, Any]:
         "logits_scale": not over_vocabulary or not config.tie_embeddings,
         "logits_bias": config.head != "lm",
         "labels": config.head != "classification",
+        **dict.fromkeys(("lora_alpha", "lora_rank_stabilised", "lora_targets"), not config.lora_rank),
     }
     return {field: value for field, value in found.items() if not idle.get(field, False)}
 
@@ -105,6 +106,11 @@ def choose_family(config: ModelConfig, name: str | None) -> Family:
     Raises:
         CheckpointError: no family, or not this one, has such a model; names the first field that stands against it.
     """
+    if config.lora_rank:
+        raise CheckpointError(
+            "a model with factors of low rank beside its weights is no model of transformers: fold them in with merge_lora(), "
+            "or write them alone, for PEFT, with interop.peft.save"
+        )
     if name is not None:
         family = FAMILIES[choose("family", name, FAMILIES, CheckpointError)]
         against = differences(family, config)

@@ -20,8 +20,10 @@ _ROLES = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding", "sep":
 """our roles -> the name of each in a key; the misspelling is the format's"""
 _LONGEST = {"gpt2": 1024, "llama": 256}
 """characters of a token, at most; this and the next two keep what is made of a file in proportion to it"""
-_MOST_ADDED = 2**18
-"""characters of all tokens that are found in a text before the others"""
+_SOME_ADDED = 2**11
+"""characters, in any file, of all tokens that are found in a text before the others"""
+_ADDED_SHARE = 128
+"""bytes of a file for each further one of these: the machine that finds them takes a kilobyte a character"""
 _MOST_PAIRS = 32
 """pairs for each token; Llama 2 has two"""
 
@@ -64,10 +66,9 @@ def read(file: File) -> Tokenizer | None:
         tokens, types = _tokens(file, _LONGEST[kind])
         definition, begins = (_byte_level if kind == "gpt2" else _by_scores)(file, tokens, types)
         added = np.flatnonzero(np.isin(types, (_UNKNOWN, _CONTROL, _USER))).tolist()
-        if sum(len(tokens[i]) for i in added) > _MOST_ADDED:
-            raise CheckpointError(
-                f"{KEY}token_type: {len(added)} control tokens of over {_MOST_ADDED} characters in all"
-            )
+        most = _SOME_ADDED + len(file.content) // _ADDED_SHARE
+        if sum(len(tokens[i]) for i in added) > most:
+            raise CheckpointError(f"{KEY}token_type: {len(added)} control tokens of over {most} characters in all")
         config = _config(file, tokens, begins)
         definition |= {
             "version": "1.0",

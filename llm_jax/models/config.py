@@ -1,8 +1,9 @@
 """The sizes and choices that define a Transformer of any family. Plain data: no arrays, no flax, no defaults of a family."""
 
 import dataclasses
+import re
 
-from llm_jax.errors import ConfigError, choose
+from llm_jax.errors import ConfigError, choose, suggest
 
 ARCHITECTURES = ("encoder", "decoder", "encoder-decoder")
 ACTIVATIONS = ("relu", "gelu", "gelu_tanh", "silu")
@@ -10,6 +11,8 @@ MLPS = ACTIVATIONS + tuple(f"gated_{name}" for name in ACTIVATIONS)
 POSITIONS = ("none", "sinusoidal", "sinusoidal_split", "learned", "rotary", "relative")
 HEADS = ("none", "lm", "mlm", "classification", "span")
 REMAT = ("none", "full", "dots")
+LORA_TARGETS = ("(attention|cross)/(query|value)",)
+"""The products that Hu et al. 2021 adapt (section 4.2)"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,6 +97,14 @@ class ModelConfig:
     """dtype of the computation: auto is bfloat16 on TPU and GPU, float32 on CPU"""
     remat: str = "none"
     """what the backward pass recomputes: none, full (each layer) or dots (all but matrix products)"""
+    lora_rank: int = 0
+    """R: rank of the factors beside some weights of the layers; 0 for none"""
+    lora_alpha: float = 16.0
+    """their product is multiplied by alpha / R"""
+    lora_rank_stabilised: bool = False
+    """by alpha / sqrt(R) instead"""
+    lora_targets: tuple[str, ...] = LORA_TARGETS
+    """regexes of the weights that have factors beside them, by their path in a layer, such as mlp/up"""
 
     def __post_init__(self):
         choose("architecture", self.architecture, ARCHITECTURES)
@@ -117,6 +128,7 @@ class ModelConfig:
             "token_types",
             "patch_size",
             "position_offset",
+            "lora_rank",
         ):
             if getattr(self, name) < 0:
                 raise ConfigError(f"model.{name} is {getattr(self, name)}: it must not be negative")
@@ -145,6 +157,25 @@ class ModelConfig:
             )
         if self.head == "mlm" and self.architecture != "encoder":
             raise ConfigError(f"the mlm head is for an encoder, not for a {self.architecture}")
+        self._check_lora()
+
+    def _check_lora(self) -> None:
+        """Make a tuple of the targets, which JSON gives back as a list, and raise for one that matches nothing."""
+        targets = (self.lora_targets,) if isinstance(self.lora_targets, str) else tuple(self.lora_targets)
+        object.__setattr__(self, "lora_targets", targets)
+        if not self.lora_rank:
+            return
+        if not 0 < self.lora_alpha < float("inf"):
+            raise ConfigError(f"model.lora_alpha is {self.lora_alpha}: it must be above 0 and finite")
+        if not targets:
+            raise ConfigError("model.lora_targets is empty: name the weights of the layers that get factors")
+        for regex in targets:
+            try:
+                found = any(re.fullmatch(regex, path) for path in self.products)
+            except re.error as e:
+                raise ConfigError(f"model.lora_targets has {regex!r}, which is no regex: {e}") from e
+            if not found:
+                raise ConfigError(f"model.lora_targets {regex!r} matches no weight{suggest(regex, self.products)}")
 
     @property
     def head_size(self) -> int:
@@ -172,6 +203,27 @@ class ModelConfig:
     def encoder_depth(self) -> int:
         """The number of layers of the encoder; 0 in a decoder."""
         return 0 if self.architecture == "decoder" else self.layers
+
+    @property
+    def products(self) -> tuple[str, ...]:
+        """The weights of products in a layer, by their path in it."""
+        attentions = ("attention", "cross") if self.architecture == "encoder-decoder" else ("attention",)
+        gate = ("mlp/gate",) if self.mlp.startswith("gated_") else ()
+        heads = (f"{attention}/{name}" for attention in attentions for name in ("query", "key", "value", "out"))
+        return (*heads, "mlp/up", *gate, "mlp/down")
+
+    @property
+    def lora_scale(self) -> float:
+        """alpha / R, or alpha / sqrt(R) (rank-stabilised; Kalajdzievski 2023, section 4)."""
+        return self.lora_alpha / (self.lora_rank**0.5 if self.lora_rank_stabilised else self.lora_rank)
+
+    def adapted(self, path: str) -> bool:
+        """Whether the weight of this path in a layer has factors of low rank beside it.
+
+        >>> ModelConfig(lora_rank=4).adapted("attention/value"), ModelConfig().adapted("attention/value")
+        (True, False)
+        """
+        return self.lora_rank > 0 and any(re.fullmatch(regex, path) for regex in self.lora_targets)
 
     @property
     def patches(self) -> int:

@@ -25,6 +25,8 @@ class Outputs(NamedTuple):
     attentions: Float[Array, "L B H S T"] | None = None
     """weights of self-attention in the last stack, on request"""
     cache: Any = None
+    inputs: Any = None
+    """what each weight of a product in the layers is multiplied with, (L, B, S, ...) under the path of the weight, on request"""
 
 
 class Head(nn.Module):

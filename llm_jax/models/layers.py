@@ -1,6 +1,6 @@
 """The pieces of every family, once: norm, positions, attention, MLP, embedding. Each weight names its logical axes.
 
-Letters: B batch, S query length, T key length, D model, H query heads, K key-value heads, G = H/K, E head size, F mlp, V vocabulary.
+Letters: B batch, S query length, T key length, D model, H query heads, K key-value heads, G = H/K, E head size, F mlp, V vocabulary, R rank.
 How layers are stacked and what a family is made of stands in `transformer.py`.
 """
 
@@ -112,6 +112,35 @@ def contract(x: Array, w: Array, over: int = 1) -> Array:
     return (x.reshape(-1, width) @ w.reshape(width, -1)).reshape(*kept, *made)
 
 
+def read(module: nn.Module, name: str, x: Array) -> None:
+    """Note what the named weight is multiplied with; kept where the caller asked for it (`transformer.apply(..., inputs=True)`), else nothing."""
+    module.sow("inputs", name, x, init_fn=lambda: None, reduce_fn=lambda before, now: now)
+
+
+Factors = tuple[Array, Array] | None
+"""A (..., R) and B (R, ...) beside the weight of a product; None where it has none."""
+
+
+def factors(module: Any, name: str, path: str, shape: tuple[int, ...], axes: tuple[str, ...], over: int = 1) -> Factors:
+    """Beside a weight that takes in its first `over` axes: A normal with variance 1/fan_in, B zero (LoRA; Hu et al. 2021, section 4.1)."""
+    rank = module.config.lora_rank
+    if not module.config.adapted(path):
+        return None
+    fan_in = math.prod(shape[:over])
+    a = parameter(module, f"{name}_lora_a", (*shape[:over], rank), (*axes[:over], "rank"), fan_in=fan_in)
+    return a, parameter(module, f"{name}_lora_b", (rank, *shape[over:]), ("rank", *axes[over:]), value=0.0)
+
+
+def multiply(module: Any, name: str, x: Array, w: Array, beside: Factors, over: int = 1) -> Array:
+    """x W, or x W + s (x A) B with s = `config.lora_scale` where there are factors beside W (LoRA, eq. 3)."""
+    read(module, name, x)
+    y = contract(x, w, over)
+    if beside is None:
+        return y
+    a, b = beside
+    return y + module.config.lora_scale * contract(contract(x, a, over), b)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
 def unstack(stacked: Any, depth: int) -> tuple[Any, ...]:
     """The tree of each layer from leaves with a leading axis of layers; the gradient is put together once, not added up layer by layer."""
@@ -183,10 +212,13 @@ class Attention(nn.Module):
     def setup(self):
         c = self.config
 
+        place = "cross" if self.cross else "attention"
+        beside: dict[str, Factors] = {}
+
         def weight(name: str, heads: int, axis: str, fan: int = c.dim) -> None:
-            setattr(
-                self, name, parameter(self, name, (c.dim, heads, c.head_size), ("embed", axis, "head_size"), fan_in=fan)
-            )
+            shape, axes = (c.dim, heads, c.head_size), ("embed", axis, "head_size")
+            setattr(self, name, parameter(self, name, shape, axes, fan_in=fan))
+            beside[name] = factors(self, name, f"{place}/{name}", shape, axes)
             if c.bias != "none":
                 setattr(
                     self,
@@ -198,13 +230,10 @@ class Attention(nn.Module):
         weight("query", c.heads, "heads", c.dim if c.attention_scale else c.dim * c.head_size)
         weight("key", c.kv_size, "kv")
         weight("value", c.kv_size, "kv")
-        self.out = parameter(
-            self,
-            "out",
-            (c.heads, c.head_size, c.dim),
-            ("heads", "head_size", "embed"),
-            fan_in=residual_fan(c, c.heads * c.head_size),
-        )
+        shape, axes = (c.heads, c.head_size, c.dim), ("heads", "head_size", "embed")
+        self.out = parameter(self, "out", shape, axes, fan_in=residual_fan(c, c.heads * c.head_size))
+        beside["out"] = factors(self, "out", f"{place}/out", shape, axes, over=2)
+        self.beside = beside
         if c.bias == "all":
             self.out_bias = parameter(self, "out_bias", (c.dim,), ("hidden",), value=0.0)
         if c.qk_norm:
@@ -213,7 +242,7 @@ class Attention(nn.Module):
 
     def project(self, name: str, x: Float[Array, "B S D"]) -> Float[Array, "B S N E"]:
         """x W + b, with heads as an axis of their own."""
-        y = contract(x, getattr(self, name))
+        y = multiply(self, name, x, getattr(self, name), self.beside[name])
         return y if self.config.bias == "none" else y + getattr(self, f"{name}_bias").astype(x.dtype)
 
     def keys_and_values(self, source: Float[Array, "B T D"], positions: Int[Array, "B T"] | None = None) -> Memory:
@@ -263,7 +292,7 @@ class Attention(nn.Module):
             key=key,
             want_weights=want_weights,
         )
-        y = contract(y, self.out, over=2)
+        y = multiply(self, "out", y, self.out, self.beside["out"], over=2)
         return y + self.out_bias.astype(y.dtype) if c.bias == "all" else y, (k, v), weights
 
 
@@ -278,7 +307,8 @@ class MLP(nn.Module):
         biased = c.bias == "all"
 
         def product(name: str, y: Array, shape: tuple[int, int], axes: tuple[str, str], fan: int) -> Array:
-            y = contract(y, parameter(self, name, shape, axes, fan_in=fan))
+            w, beside = parameter(self, name, shape, axes, fan_in=fan), factors(self, name, f"mlp/{name}", shape, axes)
+            y = multiply(self, name, y, w, beside)
             axis = "hidden" if axes[1] == "embed" else axes[1]
             return y + parameter(self, f"{name}_bias", shape[1:], (axis,), value=0.0).astype(y.dtype) if biased else y
 

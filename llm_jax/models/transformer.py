@@ -4,7 +4,9 @@ Flax names and initialises; nothing outside `models/` sees a module. The layers 
 are scanned on accelerators, where it keeps the program small, and unrolled on CPU, where a scan costs up to a factor of two.
 """
 
-from collections.abc import Callable
+import contextlib
+import contextvars
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, cast
 
 import flax.linen as nn
@@ -102,6 +104,8 @@ class Kept(NamedTuple):
     cross: Memory | None
     hidden: Float[Array, "B S D"] | None
     weights: Float[Array, "B H S T"] | None
+    inputs: Any = None
+    """what each weight of a product is multiplied with, a tree like its weights"""
 
 
 def _modules(config: ModelConfig) -> dict[str, Any]:
@@ -218,17 +222,22 @@ def _stack(
     cross_memory: tuple[Memory, ...],
     keep_hidden: bool,
     want_weights: bool,
+    keep_inputs: bool,
 ) -> tuple[Array, Any]:
     """All layers of a stack: scanned over the leading axis, or one after the other on CPU and where there is a cache."""
     module = Block(config, cross)
 
     def layer(x: Array, weights: Params, memory: Any, cross_memory: Any, key: Array | None) -> tuple[Array, Kept]:
-        x, kept = cast(Any, module.apply)({"params": weights}, x, seen, memory, cross_memory, key, want_weights)
+        found = cast(Any, module.apply)(
+            {"params": weights}, x, seen, memory, cross_memory, key, want_weights, mutable=["inputs"]
+        )
+        (x, kept), read = found
         return x, Kept(
             kept.memory if memory is not None else None,
             kept.cross if memory is not None else None,
             kept.hidden if keep_hidden else None,
             kept.weights,
+            read["inputs"] if keep_inputs else None,
         )
 
     if config.remat != "none":
@@ -268,6 +277,7 @@ def _run(
     cross_memory: Any = (),
     keep_hidden: bool = False,
     want_weights: bool = False,
+    keep_inputs: bool = False,
 ) -> tuple[Array, Any]:
     """Embedding, stack and last norm of one side."""
     modules = _modules(config)
@@ -289,6 +299,7 @@ def _run(
         cross_memory,
         keep_hidden,
         want_weights,
+        keep_inputs,
     )
     if config.norm_place == "pre":
         x = modules[f"{side}/norm"].apply({"params": params[side]["norm"]}, x)
@@ -316,6 +327,7 @@ def encode(
     key: Array | None = None,
     keep_hidden: bool = False,
     want_weights: bool = False,
+    keep_inputs: bool = False,
 ) -> tuple[Array, Array, Any]:
     """The encoder's last hidden state (B, U, D), its segments (B, U) and what was asked to be kept."""
     if config.patch_size:
@@ -336,8 +348,25 @@ def encode(
         key,
         keep_hidden=keep_hidden,
         want_weights=want_weights,
+        keep_inputs=keep_inputs,
     )
     return x, segments, kept
+
+
+_REQUESTED: contextvars.ContextVar[frozenset[str]] = contextvars.ContextVar("requested", default=frozenset())
+
+
+@contextlib.contextmanager
+def requested(*outputs: str) -> Iterator[None]:
+    """`apply`, called or traced in here, gives these outputs too: hidden_states, attentions.
+
+    For what adds terms to a loss: the loss calls `apply` itself, and there is to be one forward pass.
+    """
+    token = _REQUESTED.set(_REQUESTED.get() | frozenset(outputs))
+    try:
+        yield
+    finally:
+        _REQUESTED.reset(token)
 
 
 def apply(
@@ -350,6 +379,7 @@ def apply(
     logits: bool = True,
     hidden_states: bool = False,
     attentions: bool = False,
+    inputs: bool = False,
 ) -> Outputs:
     """One forward pass.
 
@@ -357,17 +387,23 @@ def apply(
     whose logits are wanted; an encoder-decoder reads `encoder_tokens` (B, U) likewise. With a key there is dropout. With a cache the
     S tokens are new ones, and the outputs hold the cache with them in it. `logits=False` leaves the product with the unembedding out.
     """
+    hidden_states, attentions = (
+        asked or name in _REQUESTED.get()
+        for name, asked in (("hidden_states", hidden_states), ("attentions", attentions))
+    )
     keys: Any = (None, None, None) if key is None else jax.random.split(key, 3)
-    new_cache = None
+    new_cache, read = None, {}
     if config.architecture == "encoder":
-        x, segments, kept = encode(config, params, batch, keys[0], hidden_states, attentions)
+        x, segments, kept = encode(config, params, batch, keys[0], hidden_states, attentions, inputs)
+        read["encoder"] = {"layers": kept.inputs}
     else:
         tokens, positions, segments = _stream(batch)
         encoded, cross_segments, cross_mask = None, None, None
         if cache is not None:
             cross_segments = cache.cross_segments
         elif config.architecture == "encoder-decoder":
-            encoded, cross_segments, _ = encode(config, params, batch, keys[0])
+            encoded, cross_segments, below = encode(config, params, batch, keys[0], keep_inputs=inputs)
+            read["encoder"] = {"layers": below.inputs}
         if cross_segments is not None:
             zeros = jnp.zeros_like(cross_segments)
             cross_mask = Mask(segments, cross_segments, positions, zeros, causal=False, aligned=False)
@@ -396,7 +432,9 @@ def apply(
             cache.cross if cache is not None else (),
             hidden_states,
             attentions,
+            inputs,
         )
+        read["decoder"] = {"layers": kept.inputs}
         if cache is not None:
             new_cache = cache._replace(memory=kept.memory, offset=cache.offset + tokens.shape[1])
     table = params["embed"].get("tokens")
@@ -411,6 +449,7 @@ def apply(
     return out._replace(
         hidden_states=kept.hidden if hidden_states else None,
         attentions=kept.weights if attentions else None,
+        inputs=read if inputs else None,
         cache=new_cache,
     )
 

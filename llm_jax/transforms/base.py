@@ -1,10 +1,14 @@
 """The one kind of change: a record of five pure functions, each the identity unless given, and their composition."""
 
+import dataclasses
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Protocol
 
+import jax
 import optax
 from jaxtyping import Array
 
+from llm_jax.errors import ConfigError
 from llm_jax.losses import GradFn, LossFn
 from llm_jax.models.config import ModelConfig
 from llm_jax.models.transformer import Params
@@ -30,11 +34,22 @@ class _UpdateChange(Protocol):
     def __call__(self, update: optax.GradientTransformation, /) -> optax.GradientTransformation: ...
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Calibration:
+    """Some rows that a change of the weights may look at: which of them matter is read off what the model does with these."""
+
+    batches: dict[str, Array]
+    """N batches as the task makes them: leaves (N, B, ...)"""
+    loss: Callable[[ModelConfig], LossFn] = dataclasses.field(metadata={"static": True})
+    """the task's objective for a model of these sizes"""
+
+
 class Transform(NamedTuple):
     """What a change does to the sizes, the weights, the objective, what is differentiated, and the update.
 
-    `params` is jitted with the config (the one before the change) as a static argument; `aux` is what it may need beside the model,
-    such as a calibration batch. `label` is what config and card call the change: its name with its arguments.
+    `params` is jitted with the config (the one before the change) as a static argument; `aux` is what it may need beside the model:
+    a `Calibration`, or the weights of other models. `label` is what config and card call the change: its name with its arguments.
     """
 
     config: _ConfigChange = lambda config: config
@@ -43,6 +58,10 @@ class Transform(NamedTuple):
     grad: _GradChange = lambda grad: grad
     update: _UpdateChange = lambda update: update
     label: str = "transform"
+    reference: Mapping[str, Any] = {}
+    """models whose weights the loss finds in its `reference`, by name: where to load each from, or a `Model`"""
+    calibration: int = 0
+    """batches of training rows that `params` wants in a `Calibration` as its aux"""
 
 
 IDENTITY = Transform(label="identity")
@@ -76,4 +95,11 @@ def chain(*transforms: Transform) -> Transform:
     label = (
         ", ".join(transform.label for transform in transforms if transform.label != IDENTITY.label) or IDENTITY.label
     )
-    return Transform(config, params, wrap("loss"), wrap("grad"), wrap("update"), label)
+    reference: dict[str, Any] = {}
+    for transform in transforms:
+        for name, model in transform.reference.items():
+            if name in reference and reference[name] is not model and reference[name] != model:
+                raise ConfigError(f"two transforms read a model called {name!r}: {reference[name]} and {model}")
+            reference[name] = model
+    calibration = max((transform.calibration for transform in transforms), default=0)
+    return Transform(config, params, wrap("loss"), wrap("grad"), wrap("update"), label, reference, calibration)

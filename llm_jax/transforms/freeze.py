@@ -1,6 +1,7 @@
 """Freezing: parameters that are read but not trained, at the cost of neither gradient nor moments."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import optax
@@ -20,15 +21,21 @@ def freeze(regexes: Sequence[str]) -> Transform:
     if not regexes:
         return IDENTITY
 
-    def trained(params):
+    def trained(params: Any) -> Any:
         chosen = tree.mask(params, regexes, "optimizer.freeze")
         if all(jax.tree.leaves(chosen)):
             raise ConfigError("optimizer.freeze leaves no parameter to train")
-        return tree.split(params, tree.negate(chosen))
+        return tree.negate(chosen)
+
+    return train_only(trained)._replace(label=f"freeze({list(regexes)})")
+
+
+def train_only(chosen: Callable[[Any], Any]) -> Transform:
+    """Parameters where `chosen(params)` is true are trained; the others are split off as `freeze` says."""
 
     def grad(inner: GradFn) -> GradFn:
         def partial(params, batch, key, reference):
-            live, fixed = trained(params)
+            live, fixed = tree.split(params, chosen(params))
             held = reference.get("frozen")
             return inner(live, batch, key, {**reference, "frozen": fixed if held is None else tree.merge(fixed, held)})
 
@@ -37,9 +44,12 @@ def freeze(regexes: Sequence[str]) -> Transform:
     def update(inner: optax.GradientTransformation) -> optax.GradientTransformation:
         inner = optax.with_extra_args_support(inner)
 
+        def live(params):
+            return tree.split(params, chosen(params))[0]
+
         def step(updates, state, params=None, **extra):
-            return inner.update(updates, state, None if params is None else trained(params)[0], **extra)
+            return inner.update(updates, state, None if params is None else live(params), **extra)
 
-        return optax.GradientTransformationExtraArgs(lambda params: inner.init(trained(params)[0]), step)
+        return optax.GradientTransformationExtraArgs(lambda params: inner.init(live(params)), step)
 
-    return Transform(grad=grad, update=update, label=f"freeze({list(regexes)})")
+    return Transform(grad=grad, update=update, label="train_only")

@@ -741,6 +741,19 @@ def test_ten_thousand_damaged_files(tmp_path, tokenizer, mesh):
     assert 400 < loaded < 9000
 
 
+def test_control_tokens_without_measure_are_refused(tmp_path):
+    """What finds them in a text takes a kilobyte of memory a character, so they must not make up the file."""
+    many = [f"<|{i:06d}|>" for i in range(20_000)]
+    keys = metadata() | by_scores()
+    k = "tokenizer.ggml."
+    keys[k + "tokens"] = [*keys[k + "tokens"], *many]
+    keys[k + "token_type"] = [*keys[k + "token_type"], *[3] * len(many)]
+    keys[k + "scores"] = [*keys[k + "scores"], *[0.0] * len(many)]
+    path = write(tmp_path / "many.gguf", keys, weights())
+    with pytest.raises(UserError, match="control tokens of over .* characters in all"):
+        gguf_tokenizer.read(gguf_file.open_file(path))
+
+
 def shortened(keys: dict, kept) -> dict:
     """The keys with those tokens alone for which `kept` holds, and the merges that make one of them."""
     k = "tokenizer.ggml."

@@ -1,0 +1,89 @@
+"""The laws of section 1 of the design, as checks that the tests of each transform apply to every family."""
+
+import functools
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from llm_jax import model as models
+from llm_jax import sharding
+from llm_jax.config import Mesh
+from llm_jax.models import transformer
+from llm_jax.models.config import ModelConfig
+from llm_jax.transforms import Transform
+from tests.families import Tiny, batch_of
+
+FAST = {"xla_backend_optimization_level": 0}
+
+
+@functools.partial(jax.jit, static_argnums=0, compiler_options=FAST)
+def _logits(config: ModelConfig, params: Any, batch: Any) -> Any:
+    found = transformer.apply(config, params, batch)
+    return found.hidden if found.logits is None else found.logits
+
+
+def logits(config: ModelConfig, params: Any) -> np.ndarray:
+    """What a model says of the batch of its family, without dropout; its last hidden state where it has no head."""
+    return np.asarray(_logits(config, params, batch_of(config)))
+
+
+def changed(change: Transform, tiny: Tiny, aux: Any = None, seed: int = 0) -> tuple[ModelConfig, Any]:
+    """Config and weights after a change."""
+    make = jax.jit(change.params, static_argnums=0, compiler_options=FAST)
+    return change.config(tiny.config), jax.device_get(make(tiny.config, tiny.params, jax.random.key(seed), aux))
+
+
+def same_tree(change: Transform, tiny: Tiny, aux: Any = None) -> None:
+    """Law 1: tree, shapes and dtypes are those of a fresh model of the new config."""
+    config, params = changed(change, tiny, aux)
+    expected = transformer.shapes(config)
+    assert jax.tree.structure(params) == jax.tree.structure(expected)
+    for (path, x), y in zip(jax.tree_util.tree_leaves_with_path(params), jax.tree.leaves(expected)):
+        assert (x.shape, x.dtype) == (y.shape, y.dtype), path
+    assert np.isfinite(logits(config, params)).all()
+
+
+def identity(change: Transform, tiny: Tiny, aux: Any = None) -> None:
+    """Law 2: config and weights stay as they are, bit for bit."""
+    config, params = changed(change, tiny, aux)
+    assert config == tiny.config
+    jax.tree.map(np.testing.assert_array_equal, params, tiny.params)
+
+
+def keeps_function(change: Transform, tiny: Tiny, aux: Any = None, atol: float = 1e-5) -> None:
+    """Law 3: the logits stay as they are."""
+    config, params = changed(change, tiny, aux)
+    before, after = logits(tiny.config, tiny.params), logits(config, params)
+    np.testing.assert_allclose(after, before, atol=atol * max(1, float(np.abs(before).max())))
+
+
+def same_on_mesh(change: Transform, tiny: Tiny, aux: Any = None, atol: float = 1e-6, **sizes: int) -> None:
+    """Law 5: on a mesh of 8 devices each weight is what it is on one, and lies where the rules put its name."""
+    config, expected = changed(change, tiny, aux)
+    mesh = sharding.make_mesh(Mesh(**(sizes or dict(data=2, fsdp=2, tensor=2))))
+
+    def placed(sizes: ModelConfig) -> Any:
+        return sharding.params_shardings(mesh, transformer.axes(sizes), transformer.shapes(sizes))
+
+    with jax.set_mesh(mesh):
+        start = jax.device_put(tiny.params, placed(tiny.config))
+        make = jax.jit(change.params, static_argnums=0, out_shardings=placed(config), compiler_options=FAST)
+        made = make(tiny.config, start, jax.random.key(0), aux)
+    for (path, x), y, where in zip(
+        jax.tree_util.tree_leaves_with_path(made), jax.tree.leaves(expected), jax.tree.leaves(placed(config))
+    ):
+        assert x.sharding.is_equivalent_to(where, x.ndim), path
+        np.testing.assert_allclose(x, y, atol=atol, err_msg=str(path))
+
+
+def comes_back(change: Transform, tiny: Tiny, folder: Path, aux: Any = None) -> models.Model:
+    """Law 6, the first half: saved and restored, the changed model is the same; the restored model is returned."""
+    made = models.transform(models.Model(tiny.config, tiny.params), change, jax.random.key(0), aux)
+    models.save(made, folder / "model")
+    again = models.load(folder / "model")
+    assert again.config == made.config
+    jax.tree.map(np.testing.assert_array_equal, again.params, made.params)
+    assert again.card["transforms"][-1] == change.label
+    return again
