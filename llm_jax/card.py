@@ -97,7 +97,12 @@ def _leaf_hashes(leaves: list[Array]) -> list[Array]:
             index = index * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, words.shape, axis)
         mixed = (words ^ (index * jnp.uint32(0x9E3779B1))) * jnp.uint32(0x85EBCA6B)
         mixed = mixed ^ (mixed >> 15)
-        return jnp.stack([jnp.sum(mixed, dtype=jnp.uint32), jnp.sum(mixed * (2 * index + 1), dtype=jnp.uint32)])
+        zeros = (jnp.uint32(0), jnp.uint32(0))
+        # One reduction of both: of two, XLA on CPU keeps the mixed words of every leaf meanwhile, as much memory as the weights.
+        both = jax.lax.reduce(
+            (mixed, mixed * (2 * index + 1)), zeros, lambda x, y: (x[0] + y[0], x[1] + y[1]), tuple(range(words.ndim))
+        )
+        return jnp.stack(both)
 
     return [one(x) for x in leaves]
 

@@ -273,6 +273,7 @@ class _Session:
         parts, run = self.parts, self.run
         if parts.heldout is None:
             return {}
+        release_freed_memory()
         found, self.judgement = evaluate.judge(
             parts.eval_step,
             self.weights(),
@@ -349,7 +350,7 @@ class _Session:
             self.run,
             parts.model,
             parts.mesh,
-            self.inherited,
+            {**self.inherited, **parts.card(params)},
             parts.train.fingerprint(),
             step=self.at,
             results=self.results,

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import importlib
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from llm_jax.errors import CheckpointError, UserError
 from llm_jax.models import transformer
 from llm_jax.models.config import ModelConfig
 from llm_jax.models.heads import Outputs
+from llm_jax.transforms.prune import check_sparsity
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,7 +96,14 @@ def load(path: str | Path, mesh: jax.sharding.Mesh | None = None) -> Model:
         return _interop(kind).load(path, mesh)
     config = model_config(checkpoint.read_card(path), path)
     params, card, tokenizer = checkpoint.load_params(path, abstract_params(config, mesh))
+    check_sparsity(params, card)
     return Model(config, params, None if tokenizer is None else Tokenizer.from_json(tokenizer), card)
+
+
+def pruned(path: str | Path) -> tuple[str, ...]:
+    """The weights that the card of a model names as pruned, as regexes: what is zero in them is a mask."""
+    kind, path = locate(path)
+    return tuple(map(re.escape, checkpoint.read_card(path).get("pruned", {}))) if kind == "checkpoint" else ()
 
 
 def abstract_params(config: ModelConfig, mesh: jax.sharding.Mesh) -> transformer.Params:
@@ -143,8 +152,11 @@ def transform(model: Model, change: transforms.Transform, key: Array, aux: Any =
     config = change.config(model.config)
     params = jax.jit(change.params, static_argnums=0)(model.config, model.params, key, aux)
     parent = content_hash(model.params)
+    still = [re.escape(path) for path in model.card.get("pruned", {}) if path in tree.names(params)]
+    stated = transforms.chain(transforms.keep_zeros(still), change).card(params)
     card = {
-        **model.card,
+        **{key: entry for key, entry in model.card.items() if key != "pruned"},
+        **stated,
         "parents": [parent],
         "transforms": [*model.card.get("transforms", []), name or change.label],
         "model": to_dict(config),

@@ -171,7 +171,7 @@ def _muon_dimensions(axes: Any) -> Callable[[Any], Any]:
         names = named[name]
         if not decayed(name) or "layers" not in names or len(names) < 3:
             return None
-        inner = tuple(range(1, len(names) - 1)) if names[-1] == "embed" else (1,)
+        inner = tuple(range(1, len(names) - 1)) if names[-1] in ("embed", "rank") else (1,)
         outer = tuple(i for i in range(1, len(names)) if i not in inner)
         return optax.contrib.MuonDimensionNumbers(reduction_axis=inner, output_axis=outer)
 

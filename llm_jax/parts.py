@@ -51,6 +51,8 @@ class Parts:
     abstract: step.TrainState
     """shapes and dtypes of the state"""
     shardings: step.TrainState
+    card: Callable[[Any], Card]
+    """params -> what the card states of them"""
     step: Callable[..., Any]
     """(state, batch) -> (state, metrics), jitted; the state is donated"""
     eval_step: Callable[..., Any]
@@ -65,9 +67,11 @@ class Parts:
 
 def transform_of(run: Run) -> tf.Transform:
     """The transforms of a config, those that its plain fields ask for among them; freezing is outermost, since it hides params."""
+    pruned = () if run.start == "fresh" or tf.densify() in run.transforms else models.pruned(run.start)
     return tf.chain(
         accumulate(run.batch.accumulate),
         *run.transforms,
+        tf.keep_zeros(pruned),
         moving_average(run.optimizer.moving_average),
         freeze(run.optimizer.freeze),
     )
@@ -135,7 +139,7 @@ def _references(change: tf.Transform, mesh: jax.sharding.Mesh) -> tuple[dict[str
         abstract[name] = models.abstract_params(config, mesh)
 
     def weights() -> dict[str, Any]:
-        placed = {name: jax.tree.map(lambda x: x.sharding, x) for name, x in abstract.items()}
+        placed = jax.tree.map(lambda x: x.sharding, abstract)
         return {
             name: models.load(source, mesh).params
             if isinstance(source, str)
@@ -262,6 +266,7 @@ def assemble(
         start,
         abstract._replace(reference=beside),
         complete,
+        change.card,
         update,
         evaluate.make_eval_step(judged, judge),
     )

@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+from typing import Any
 
 from llm_jax.errors import ConfigError, choose, suggest
 
@@ -161,7 +162,8 @@ class ModelConfig:
 
     def _check_lora(self) -> None:
         """Make a tuple of the targets, which JSON gives back as a list, and raise for one that matches nothing."""
-        targets = (self.lora_targets,) if isinstance(self.lora_targets, str) else tuple(self.lora_targets)
+        given: Any = self.lora_targets
+        targets = (given,) if isinstance(given, str) else tuple(given)
         object.__setattr__(self, "lora_targets", targets)
         if not self.lora_rank:
             return

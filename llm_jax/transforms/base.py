@@ -62,6 +62,8 @@ class Transform(NamedTuple):
     """models whose weights the loss finds in its `reference`, by name: where to load each from, or a `Model`"""
     calibration: int = 0
     """batches of training rows that `params` wants in a `Calibration` as its aux"""
+    card: Callable[[Params], dict[str, Any]] = lambda params: {}
+    """what the card of the model states of its weights, such as which are pruned"""
 
 
 IDENTITY = Transform(label="identity")
@@ -102,4 +104,12 @@ def chain(*transforms: Transform) -> Transform:
                 raise ConfigError(f"two transforms read a model called {name!r}: {reference[name]} and {model}")
             reference[name] = model
     calibration = max((transform.calibration for transform in transforms), default=0)
-    return Transform(config, params, wrap("loss"), wrap("grad"), wrap("update"), label, reference, calibration)
+
+    def card(weights: Params) -> dict[str, Any]:
+        stated: dict[str, Any] = {}
+        for transform in transforms:
+            for name, entry in transform.card(weights).items():
+                stated[name] = {**stated.get(name, {}), **entry} if isinstance(entry, dict) else entry
+        return stated
+
+    return Transform(config, params, wrap("loss"), wrap("grad"), wrap("update"), label, reference, calibration, card)

@@ -28,7 +28,15 @@ def moving_average(decay: float) -> Transform:
 
         def step(updates, state, params, **extra):
             updates, below = inner.update(updates, state.inner, params, **extra)
-            average = jax.tree.map(lambda a, p, u: decay * a + (1 - decay) * (p + u), state.average, params, updates)
+            average = jax.tree.map(
+                lambda u, a, p: (
+                    a if u is None else decay * a + (1 - decay) * (p + u)
+                ),  # None: a transform inside froze it
+                updates,
+                state.average,
+                params,
+                is_leaf=lambda u: u is None,
+            )
             return updates, MovingAverageState(below, average)
 
         return optax.GradientTransformationExtraArgs(init, step)

@@ -1,0 +1,302 @@
+"""Distillation: a student learns, beside its task, to agree with a teacher that reads the same rows.
+
+The teacher is an argument of the step (`reference["teacher"]`), runs without dropout and has no gradient; the student's one forward pass
+serves the task's loss and these terms alike. Divergences over the vocabulary stand in `divergences.py`.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from llm_jax import divergences
+from llm_jax.data.teacher_cache import read_header
+from llm_jax.errors import ConfigError
+from llm_jax.losses import Loss, LossFn
+from llm_jax.models import transformer
+from llm_jax.models.config import ModelConfig
+from llm_jax.models.heads import Outputs
+from llm_jax.transforms.base import IDENTITY, Transform
+
+EPSILON = 1e-12
+"""Squared length below which a vector has no direction"""
+
+
+def distil(
+    teacher: Any,
+    *,
+    divergence: str = "forward_kl",
+    beta: float = 0.5,
+    temperature: float = 1.0,
+    soft: float = 1.0,
+    task: float = 1.0,
+    cosine: float = 0.0,
+    hidden: float = 0.0,
+    attention: float = 0.0,
+    layers: Sequence[tuple[int, int]] = (),
+) -> Transform:
+    """task * the task's loss + soft * T^2 divergence + cosine * (1 - cos) + hidden * its distance + attention * its distance.
+
+    Each term is a mean as the task's loss is one: the divergence over the targets with their weights; the others of each row over its
+    tokens, as heavy as the row's targets. In training `soft`, `cosine`, `hidden` and `attention` are reported too, unweighted by these
+    factors; evaluation reads the task's loss alone. The student may have other sizes than the teacher, but the same tokens or classes.
+
+    Args:
+        teacher: a path or a `Model`.
+        divergence: forward_kl (Hinton et al. 2015), reverse_kl (MiniLLM; Gu et al. 2023) or jensen_shannon (GKD; Agarwal et al. 2023).
+        beta: weight of the teacher in the mixture of jensen_shannon.
+        temperature: T; both models' logits are divided by it.
+        soft: factor of the divergence.
+        task: factor of the task's own loss.
+        cosine: factor of 1 - cos of the states after the last layers (DistilBERT; Sanh et al. 2019, section 2).
+        hidden: factor of the mean squared difference of states (TinyBERT; Jiao et al. 2019, eq. 8, without its projection); between models
+            of different width that of the cosines between the tokens of an example, which need none (Tung and Mori 2019, eq. 4).
+        attention: factor of the squared distance of the distributions over keys, a mean over heads; of the heads' mean distributions where
+            their numbers differ (TinyBERT, eq. 7, on weights).
+        layers: pairs (student's layer, teacher's layer), counted from 0, for `hidden` and `attention`, which are means over them; empty to
+            spread the student's layers evenly over the teacher's.
+
+    Raises:
+        ConfigError: a factor below 0 or nothing to minimise, or, when the loss is traced, models that do not go together.
+    """
+    if (soft, task, cosine, hidden, attention) == (0, 1, 0, 0, 0):
+        return IDENTITY
+    teacher = str(teacher) if isinstance(teacher, Path) else teacher
+    given = dict(locals())
+    rule = divergences.named(divergence, beta)
+    factors = {"soft": soft, "cosine": cosine, "hidden": hidden, "attention": attention}
+    _check("distil", {"task": task, **factors}, temperature, beta)
+    pairs = tuple((int(a), int(b)) for a, b in layers)
+    if pairs and not hidden and not attention:
+        raise ConfigError("distil: layers go with hidden or attention, and both are 0")
+
+    wanted = (["hidden_states"] if cosine or hidden else []) + (["attentions"] if attention else [])
+
+    def loss(inner: LossFn) -> LossFn:
+        sizes = _sizes(teacher)
+
+        def added(params: Any, batch: Any, key: Any, reference: Any) -> Loss:
+            if key is None:
+                return inner(params, batch, key, reference)
+            with transformer.requested(*wanted):
+                found = inner(params, batch, key, reference)
+                said = _say(sizes, reference["teacher"], batch, found.outputs)
+            own, weights = found.outputs, batch["weights"].astype(jnp.float32)
+            terms = {}
+            if soft:
+                terms["soft"] = _soft(rule, own, said, weights, temperature)
+            if wanted:
+                tokens = _Tokens(batch, own, weights)
+                terms |= _states(tokens, own, said, bool(cosine), bool(hidden), bool(attention), pairs)
+            return _add(found, task, factors, terms)
+
+        return added
+
+    return Transform(loss=loss, label=_label("distil", distil, given), reference={"teacher": teacher})
+
+
+def cached(
+    path: str, *, divergence: str = "forward_kl", beta: float = 0.5, soft: float = 1.0, task: float = 1.0
+) -> Transform:
+    """task * the task's loss + soft * T^2 divergence, without a teacher: from its k most probable tokens, as a cache holds them.
+
+    All other tokens count as one outcome. The cache states the temperature. The rows bring `teacher_ids` and `teacher_log_p`, (B, S, k),
+    as `TeacherCache.add` puts them there.
+
+    Args:
+        path: folder of the cache.
+        divergence: as in `distil`.
+        beta: as in `distil`.
+        soft: factor of the divergence.
+        task: factor of the task's own loss.
+
+    Raises:
+        ConfigError: a factor below 0 or nothing to minimise, or, when the loss is traced, rows without what the cache holds.
+        DataError: no cache there.
+    """
+    if (soft, task) == (0, 1):
+        return IDENTITY
+    given = dict(locals())
+    rule = divergences.named(divergence, beta)
+    _check("cached", {"task": task, "soft": soft}, 1.0, beta)
+
+    def loss(inner: LossFn) -> LossFn:
+        temperature = read_header(Path(path)).temperature
+
+        def added(params: Any, batch: Any, key: Any, reference: Any) -> Loss:
+            found = inner(params, batch, key, reference)
+            if key is None or not soft:
+                return found if key is None else _add(found, task, {}, {})
+            if "teacher_ids" not in batch:
+                raise ConfigError(f"cached: the rows of this run bring nothing of the teacher's cache {path}")
+            if found.outputs.kernel is None:
+                raise ConfigError("cached: the student has no head over the vocabulary")
+            ids, log_p = batch["teacher_ids"], batch["teacher_log_p"]
+            weights = batch["weights"].astype(jnp.float32)
+            term = divergences.over_top_k(rule, found.outputs, ids, log_p, weights, temperature)
+            return _add(found, task, {"soft": soft}, {"soft": term})
+
+        return added
+
+    return Transform(loss=loss, label=_label("cached", cached, given))
+
+
+def _check(name: str, factors: dict[str, float], temperature: float, beta: float) -> None:
+    """Raise unless the arguments of a transform are in their ranges."""
+    for what, value in factors.items():
+        if not value >= 0:
+            raise ConfigError(f"{name}: {what} is {value}: it must not be negative")
+    if not any(factors.values()):
+        raise ConfigError(f"{name}: every factor is 0: there is nothing to minimise")
+    if not temperature > 0:
+        raise ConfigError(f"{name}: temperature is {temperature}: it must be above 0")
+    if not 0 < beta < 1:
+        raise ConfigError(f"{name}: beta is {beta}: it must lie between 0 and 1")
+
+
+def _label(name: str, function: Any, given: dict[str, Any]) -> str:
+    """The call that makes a transform again, without what is at its default."""
+    first, *rest = given.items()
+    default = function.__kwdefaults__
+    told = [repr(first[1]), *(f"{key}={value!r}" for key, value in rest if value != default[key])]
+    return f"{name}({', '.join(told)})"
+
+
+def _sizes(teacher: Any) -> ModelConfig:
+    """The sizes of a teacher, which keeps nothing for a backward pass and drops nothing out."""
+    from llm_jax import model  # it imports the transforms
+
+    sizes = model.sizes(teacher) if isinstance(teacher, str) else teacher.config
+    return sizes.replace(dropout=0.0, remat="none")
+
+
+def _say(sizes: ModelConfig, weights: Any, batch: Any, student: Outputs) -> Outputs:
+    """What the teacher makes of a batch.
+
+    Raises:
+        ConfigError: it reads other rows than the student.
+    """
+    needed = "images" if sizes.patch_size else "encoder_tokens" if sizes.architecture == "encoder-decoder" else "tokens"
+    if needed not in batch:
+        raise ConfigError(f"distil: the teacher is {sizes.architecture} and reads {needed}, which the task's rows lack")
+    logits = student.kernel is None
+    return jax.lax.stop_gradient(transformer.apply(sizes, jax.lax.stop_gradient(weights), batch, logits=logits))
+
+
+def _soft(
+    rule: divergences.Divergence, student: Outputs, teacher: Outputs, weights: Array, temperature: float
+) -> Float[Array, ""]:
+    """The divergence of what the heads say.
+
+    Raises:
+        ConfigError: they say it of different things.
+    """
+    if (student.kernel is None) != (teacher.kernel is None):
+        raise ConfigError("distil: one of teacher and student has a head over the vocabulary, the other has not")
+    if student.kernel is not None and teacher.kernel is not None:
+        own, others = student.kernel.shape[0], teacher.kernel.shape[0]
+        if own != others:
+            raise ConfigError(f"distil: the teacher has {others} tokens, the student {own}: both must have the same")
+        return divergences.over_vocabulary(rule, student, teacher, weights, temperature)
+    a, b = student.logits, teacher.logits
+    if a is None or b is None or a.shape[:-1] != weights.shape:
+        raise ConfigError("distil: soft needs a head over the vocabulary or over classes")
+    if a.shape != b.shape:
+        raise ConfigError(f"distil: the teacher has {b.shape[-1]} classes, the student {a.shape[-1]}")
+    return divergences.over_classes(rule, a, b, weights, temperature)
+
+
+def _add(found: Loss, task: float, factors: dict[str, float], terms: dict[str, Array]) -> Loss:
+    """A loss with further terms."""
+    total = task * found.total + sum(factors[name] * term for name, term in terms.items())
+    return Loss(total, found.weight, {**found.metrics, **terms}, found.outputs)
+
+
+class _Tokens:
+    """The tokens of a batch that count where states are compared, and their weight: each row's is that of its targets."""
+
+    def __init__(self, batch: Any, student: Outputs, weights: Array):
+        states = student.hidden_states if student.hidden_states is not None else student.attentions
+        assert states is not None
+        shape = states.shape[1:3] if student.hidden_states is not None else (states.shape[1], states.shape[3])
+        segments = batch.get("segment_ids")
+        self.segments: Int[Array, "B S"] = jnp.ones(shape, jnp.int32) if segments is None else segments
+        self.real: Bool[Array, "B S"] = self.segments > 0
+        share = 1 / jnp.maximum(jnp.sum(self.real, axis=1), 1)
+        self.weights: Float[Array, "B S"] = self.real * (share * weights.reshape(shape[0], -1).sum(axis=1))[:, None]
+
+    def sum(self, terms: Float[Array, "B S"]) -> Float[Array, ""]:
+        """Each row's mean over its tokens, times its weight."""
+        return jnp.sum(self.weights * jnp.where(self.real, terms, 0))
+
+
+def _states(
+    tokens: _Tokens,
+    student: Outputs,
+    teacher: Outputs,
+    cosine: bool,
+    hidden: bool,
+    attention: bool,
+    pairs: tuple[tuple[int, int], ...],
+) -> dict[str, Array]:
+    """The terms that compare states and attention.
+
+    Raises:
+        ConfigError: the models have no such layers, or widths that cosine cannot compare.
+    """
+    found: dict[str, Array] = {}
+    a, b = student.hidden_states, teacher.hidden_states
+    if cosine:
+        assert a is not None and b is not None
+        if a.shape[-1] != b.shape[-1]:
+            raise ConfigError(f"distil: cosine compares states of one width, not of {a.shape[-1]} and {b.shape[-1]}")
+        found["cosine"] = tokens.sum(1 - jnp.sum(_unit(a[-1]) * _unit(b[-1]), axis=-1))
+    if hidden:
+        assert a is not None and b is not None
+        compare = _squared if a.shape[-1] == b.shape[-1] else _relations
+        each = [compare(a[i], b[j], tokens.segments) for i, j in _pairs(pairs, a.shape[0], b.shape[0])]
+        found["hidden"] = tokens.sum(jnp.mean(jnp.stack(each), axis=0))
+    if attention:
+        a, b = student.attentions, teacher.attentions
+        assert a is not None and b is not None
+        each = [_attention(a[i], b[j]) for i, j in _pairs(pairs, a.shape[0], b.shape[0])]
+        found["attention"] = tokens.sum(jnp.mean(jnp.stack(each), axis=0))
+    return found
+
+
+def _pairs(given: tuple[tuple[int, int], ...], student: int, teacher: int) -> tuple[tuple[int, int], ...]:
+    """The layer map; without one, layer i of the student goes with layer ceil((i + 1) L_t / L_s) - 1 of the teacher."""
+    for i, j in given:
+        if not (0 <= i < student and 0 <= j < teacher):
+            raise ConfigError(
+                f"distil: layers has the pair {(i, j)}: the student has {student} layers, the teacher {teacher}"
+            )
+    return given or tuple((i, -(-(i + 1) * teacher // student) - 1) for i in range(student))
+
+
+def _unit(x: Float[Array, "... D"]) -> Float[Array, "... D"]:
+    """x / |x|."""
+    x = x.astype(jnp.float32)
+    return x * jax.lax.rsqrt(jnp.maximum(jnp.sum(jnp.square(x), axis=-1, keepdims=True), EPSILON))
+
+
+def _squared(a: Float[Array, "B S D"], b: Float[Array, "B S D"], segments: Int[Array, "B S"]) -> Float[Array, "B S"]:
+    """The mean over D of (a - b)^2."""
+    return jnp.mean(jnp.square(a.astype(jnp.float32) - b.astype(jnp.float32)), axis=-1)
+
+
+def _relations(a: Float[Array, "B S D"], b: Float[Array, "B S E"], segments: Int[Array, "B S"]) -> Float[Array, "B S"]:
+    """Of each token the mean over the tokens t of its example of (cos(a_s, a_t) - cos(b_s, b_t))^2: no width enters, no projection."""
+    a, b = (jnp.einsum("bsd,btd->bst", x, x) for x in (_unit(a), _unit(b)))
+    together = segments[:, :, None] == segments[:, None, :]
+    return jnp.sum(together * jnp.square(a - b), axis=-1) / jnp.sum(together, axis=-1)
+
+
+def _attention(a: Float[Array, "B H S T"], b: Float[Array, "B G S T"]) -> Float[Array, "B S"]:
+    """The mean over heads of sum_t (a_t - b_t)^2; of the heads' means where the two have different numbers of them."""
+    if a.shape[1] != b.shape[1]:
+        a, b = (jnp.mean(x, axis=1, keepdims=True) for x in (a, b))
+    return jnp.mean(jnp.sum(jnp.square(a - b), axis=-1), axis=1)

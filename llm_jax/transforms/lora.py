@@ -1,0 +1,115 @@
+"""LoRA: factors of low rank beside frozen weights, and the way back: factors folded into the weights."""
+
+import dataclasses
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from llm_jax import tree
+from llm_jax.errors import ConfigError
+from llm_jax.models import transformer
+from llm_jax.models.config import LORA_TARGETS, ModelConfig
+from llm_jax.models.transformer import Params
+from llm_jax.transforms.base import IDENTITY, Transform
+from llm_jax.transforms.freeze import train_only
+
+FACTORS = r".*/layers/.*_lora_[ab]"
+"""The paths of the factors"""
+
+WITHOUT = {field.name: field.default for field in dataclasses.fields(ModelConfig) if field.name.startswith("lora_")}
+"""What the config of a model without factors says of them"""
+
+
+def lora(
+    rank: int,
+    *,
+    alpha: float = 16.0,
+    targets: Sequence[str] = LORA_TARGETS,
+    rank_stabilised: bool = False,
+    also: Sequence[str] = (),
+) -> Transform:
+    """x W becomes x W + alpha/rank (x A) B, and A and B alone are trained (Hu et al. 2021, eq. 3); B starts at zero, A normal with variance 1/fan_in.
+
+    What is frozen costs neither gradient nor moments. A model that has these factors already keeps them and trains on.
+
+    Args:
+        rank: of the factors; 0 for none, and then all is trained as ever.
+        alpha: of the scale.
+        targets: regexes of weights by their path in a layer (`attention/query`, `cross/out`, `mlp/up`, ...), by default queries and values.
+        rank_stabilised: scale by alpha/sqrt(rank) (Kalajdzievski 2023, section 4).
+        also: regexes of other parameters, by their whole path, that are trained with the factors, such as `head/.*`.
+
+    Raises:
+        ConfigError: a value that is not allowed, a target that matches no weight, a model with other factors.
+    """
+    targets, also = ((x,) if isinstance(x, str) else tuple(x) for x in (targets, also))
+    fields: dict[str, Any] = dict(
+        lora_rank=rank, lora_alpha=alpha, lora_targets=targets, lora_rank_stabilised=rank_stabilised
+    )
+    ModelConfig(architecture="encoder-decoder", mlp="gated_silu", **fields)  # has every weight that a target may mean
+    if not rank:
+        return IDENTITY
+
+    def config(sizes: ModelConfig) -> ModelConfig:
+        made = sizes.replace(**fields)
+        if sizes.lora_rank and made != sizes:
+            raise ConfigError(
+                f"lora: the model has factors of rank {sizes.lora_rank} already, of other settings: fold them in with merge_lora() first"
+            )
+        return made
+
+    def params(sizes: ModelConfig, weights: Params, key: Array, aux: Any) -> Params:
+        if sizes.lora_rank:
+            return weights
+        old = dict(zip(tree.names(weights), jax.tree.leaves(weights)))
+        return tree.map_with_name(lambda name, fresh: old.get(name, fresh), transformer.init(config(sizes), key))
+
+    trained = train_only(lambda params: tree.mask(params, (FACTORS, *also), "lora: regex"))
+    options = {"targets": targets, "rank_stabilised": rank_stabilised, "also": also}
+    usual = {"targets": LORA_TARGETS, "rank_stabilised": False, "also": ()}
+    told = "".join(f", {name}={value!r}" for name, value in options.items() if value != usual[name])
+    return trained._replace(config=config, params=params, label=f"lora({rank}, alpha={alpha}{told})")
+
+
+def merge_lora(*, keep_zeros: bool = False) -> Transform:
+    """W + alpha/rank A B in place of W, A and B: the same function without factors (Hu et al. 2021, section 4.1). A model without any stays as it is.
+
+    Args:
+        keep_zeros: a weight of the base that is zero, as pruning leaves it, stays zero; the function then changes.
+    """
+
+    def config(sizes: ModelConfig) -> ModelConfig:
+        return sizes.replace(**WITHOUT) if sizes.lora_rank else sizes
+
+    def params(sizes: ModelConfig, weights: Params, key: Array, aux: Any) -> Params:
+        leaves = dict(zip(tree.names(weights), jax.tree.leaves(weights)))
+
+        def one(name: str, _: Any) -> Array:
+            w = leaves[name]
+            if f"{name}_lora_a" not in leaves:
+                return w
+            delta = sizes.lora_scale * product(leaves[f"{name}_lora_a"], leaves[f"{name}_lora_b"])
+            merged = (w + delta).astype(w.dtype)
+            return jnp.where(w == 0, w, merged) if keep_zeros else merged
+
+        return tree.map_with_name(one, without(weights))
+
+    return Transform(config=config, params=params, label=f"merge_lora({'keep_zeros=True' if keep_zeros else ''})")
+
+
+def product(a: Array, b: Array) -> Array:
+    """A B of each layer: (L, ..., R) and (L, R, ...) to (L, ..., ...)."""
+    return jax.vmap(lambda a, b: jnp.tensordot(a, b, 1, precision=jax.lax.Precision.HIGHEST))(a, b)
+
+
+def without(params: Params) -> Params:
+    """The params without their factors."""
+    return {
+        name: without(x) if isinstance(x, dict) else x
+        for name, x in params.items()
+        if isinstance(x, dict) or not re.search("_lora_[ab]$", name)
+    }

@@ -1,0 +1,181 @@
+"""What becomes of an optimizer's state when the model under it grows: moments follow their weights, so that training goes on warm.
+
+Each growth says in a `Growth` how weights, gradients and squares of gradients map to those of the larger model; nothing here knows which
+growth it is, and nothing is trained.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from llm_jax import tree
+from llm_jax.errors import ConfigError
+from llm_jax.models import transformer
+from llm_jax.models.config import ModelConfig
+from llm_jax.models.transformer import Params
+from llm_jax.transforms.base import IDENTITY, Transform
+
+Change = Callable[[ModelConfig, Params, Array], Params]
+
+
+@dataclasses.dataclass(frozen=True)
+class Growth:
+    """The `params` of a growth, and what it makes of trees like the params that an optimizer keeps.
+
+    Growth is linear: the new weights are w' = T w, so by the chain rule the gradients obey T^T g' = g. Where a weight has n copies, each c
+    times the old one, they are equal by symmetry: g' = g / (n c). So what divides a weight leaves its gradient alone, and what merely
+    copies it divides its gradient; squares of gradients go by (n c)^2. Growing the optimizer's state so that it is the one a larger
+    model would have follows Shen et al. 2022 (Staged training for transformer language models, section 3.1).
+    """
+
+    weights: Change
+    """also of averages of weights"""
+    gradients: Change
+    """first moments and sums of gradients"""
+    squares: Change
+    """second moments"""
+
+    def __call__(self, config: ModelConfig, params: Params, key: Array, aux: Any, /) -> Params:
+        return self.weights(config, params, key)
+
+
+KINDS = {
+    "average": "weights",
+    "z": "weights",
+    "params0": "weights",
+    "mu": "gradients",
+    "trace": "gradients",
+    "exp_avg": "gradients",
+    "grad_sum": "gradients",
+    "nu": "squares",
+    "nu_max": "squares",
+    "exp_avg_sq": "squares",
+    "sum_of_squares": "squares",
+}
+"""What a tree in an optimizer's state holds, by its name in optax; any other is reset"""
+
+
+def carry(
+    change: Transform | Sequence[Transform], config: ModelConfig, old_opt_state: Any, new_opt_state: Any, key: Array
+) -> tuple[Any, str]:
+    """The optimizer's state for the model after a growth, and a report of what was kept and what starts afresh.
+
+    Each tree like the params, found by the paths of its leaves and known by its name (`KINDS`), grows as `Growth` says; counters stay as
+    they are, but start again beside a tree that had to be reset, since they correct its bias. Factored moments (adafactor) and what has
+    a meaning unknown here are reset, unless their parameter keeps its shape. adamax calls `nu` a maximum of magnitudes, not of squares,
+    so that it grows too small here.
+
+    Args:
+        change: a growth, or several that were applied one after the other.
+        config: of the model before.
+        old_opt_state: of the params before the change.
+        new_opt_state: `optimizer.init` of the params after it, with the same optimizer.
+        key: the one that the change of the params had: where neurons are copied at random, it says which.
+
+    Raises:
+        ConfigError: a change of the weights that is not a growth.
+    """
+    changes = (change,) if isinstance(change, Transform) else tuple(change)
+    shapes, after = transformer.shapes(config), _after(changes, config)
+    before, now = _by_name(shapes), _by_name(transformer.shapes(after))
+    held = _by_name(old_opt_state)
+
+    def place(name: str) -> tuple[str, str]:
+        """The path of the tree that a leaf is in, and the parameter it belongs to; of a counter its state and nothing."""
+        parts = name.split("/")
+        found = next((i for i in range(len(parts)) if "/".join(parts[i:]) in before), None)
+        return ("/".join(parts[:-1]), "") if found is None else ("/".join(parts[:found]), "/".join(parts[found:]))
+
+    trees: dict[str, dict[str, Any]] = {}
+    for name, x in held.items():
+        root, param = place(name)
+        if param and jnp.shape(x) == before[param].shape and root.split("/")[-1] in KINDS:
+            trees.setdefault(root, {})[param] = x
+    grown = _grow(changes, config, shapes, trees, key)
+
+    fresh: dict[str, Any] = _by_name(new_opt_state)
+    made: dict[str, Any] = {}
+    for name, new in fresh.items():
+        root, param = place(name)
+        if param in grown.get(root, {}):
+            made[name] = grown[root][param]
+        elif param and name in held and before[param].shape == now[param].shape and _same(held[name], new):
+            made[name] = held[name]
+    reset = {place(name)[0] for name in fresh if place(name)[1] and name not in made}
+    for name, new in fresh.items():
+        root, param = place(name)
+        beside = any(other.rpartition("/")[0] == root for other in reset)
+        if not param and not beside and name in held and _same(held[name], new):
+            made[name] = held[name]
+    state = tree.map_with_name(lambda name, new: _put(made[name], new) if name in made else new, new_opt_state)
+    return state, _report(fresh, made, place)
+
+
+def _after(changes: Sequence[Transform], config: ModelConfig) -> ModelConfig:
+    """The sizes after the changes, all of which must say what becomes of moments."""
+    for change in changes:
+        if not isinstance(change.params, Growth) and change.params is not IDENTITY.params:
+            raise ConfigError(
+                f"{change.label} does not say what becomes of an optimizer's moments: give carry the growths one by one"
+            )
+        config = change.config(config)
+    return config
+
+
+def _grow(
+    changes: Sequence[Transform], config: ModelConfig, shapes: Params, trees: dict[str, dict[str, Any]], key: Array
+) -> dict[str, dict[str, Array]]:
+    """Trees like the params, or parts of them, grown by path; the part that is missing is taken to be zero and left out again."""
+
+    def one(root: str, own: dict[str, Any], key: Array) -> dict[str, Array]:
+        sizes = config
+        whole = tree.map_with_name(lambda name, x: own.get(name, jnp.zeros(x.shape, x.dtype)), shapes)
+        for change in changes:
+            if isinstance(change.params, Growth):
+                whole = getattr(change.params, KINDS[root.split("/")[-1]])(sizes, whole, key)
+            sizes = change.config(sizes)
+        return {name: x for name, x in _by_name(whole).items() if name in own}
+
+    # What runs once need not be fast; the values are the same.
+    quick = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
+    every = jax.jit(
+        lambda trees, key: {root: one(root, own, key) for root, own in trees.items()}, compiler_options=quick
+    )
+    return every(trees, key)
+
+
+def _by_name(leaves: Any) -> dict[str, Any]:
+    return dict(zip(tree.names(leaves), jax.tree.leaves(leaves), strict=True))
+
+
+def _same(old: Any, new: Any) -> bool:
+    return jnp.shape(old) == jnp.shape(new)
+
+
+def _put(x: Any, like: Any) -> Any:
+    """x in the dtype of `like`, and where that lies."""
+    x = x if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key) else jnp.asarray(x, like.dtype)
+    return jax.device_put(x, like.sharding) if isinstance(like, jax.Array) and not _traced(x, like) else x
+
+
+def _traced(*arrays: Any) -> bool:
+    return any(isinstance(x, jax.core.Tracer) for x in arrays)
+
+
+def _report(fresh: dict[str, Any], made: dict[str, Any], place: Callable[[str], tuple[str, str]]) -> str:
+    """A line of what was kept and one of what was reset: trees with the number of their arrays, and counters."""
+    lines = []
+    for verb, chosen in (("kept", True), ("reset", False)):
+        counts: dict[str, int] = {}
+        for name in fresh:
+            if (name in made) == chosen:
+                root, param = place(name)
+                told = root if param else name
+                counts[told] = counts.get(told, 0) + 1
+        told = ", ".join(f"{name} ({n} array{'s' * (n > 1)})" for name, n in counts.items())
+        lines.append(f"{verb}: {told or 'nothing'}")
+    return "\n".join(lines)

@@ -1,0 +1,388 @@
+"""Pruning: weights set to zero at once or on a schedule, kept at zero by the update, and what a card says of them.
+
+What a weight is worth is told in `scores.py`. Neurons, heads and layers that are cut out, so that sizes change, are `shrink`'s business.
+"""
+
+import functools
+import re
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import optax.contrib
+from jaxtyping import Array, Float
+
+from llm_jax import tree
+from llm_jax.errors import CheckpointError, ConfigError, choose
+from llm_jax.models.config import ModelConfig
+from llm_jax.models.transformer import Params
+from llm_jax.transforms import scores
+from llm_jax.transforms.base import IDENTITY, Calibration, Transform
+from llm_jax.transforms.scores import Rule, matrix, parse_pattern, select
+
+TARGETS = (r".*/layers/(attention|cross)/(query|key|value|out)", r".*/layers/mlp/(up|gate|down)")
+"""The matrices of the products in the layers"""
+
+SCORES = ("magnitude", "random", "taylor", "wanda", "sparsegpt", "movement")
+FROM_DATA = ("taylor", "wanda", "sparsegpt")
+"""scores that look at calibration rows"""
+LAYERWISE = ("wanda", "sparsegpt")
+"""scores that look at what enters a layer whose predecessors are pruned already"""
+GRADUAL = ("magnitude", "movement")
+"""scores for a schedule"""
+
+
+def cubic(step: Any, begin: int, end: int, final: float, initial: float = 0.0) -> Array:
+    """s_f + (s_i - s_f) (1 - (t - t_0) / (n dt))^3 from t_0 = `begin` to t_0 + n dt = `end`, level before and after (Zhu & Gupta 2017, eq. 1).
+
+    >>> cubic(jnp.array([0, 10, 15, 20, 30]), 10, 20, 0.8).tolist()
+    [0.0, 0.0, 0.699999988079071, 0.800000011920929, 0.800000011920929]
+    """
+    passed = jnp.clip((jnp.asarray(step, jnp.float32) - begin) / (end - begin), 0, 1)
+    return final + (initial - final) * (1 - passed) ** 3
+
+
+def prune(
+    sparsity: float = 0.5,
+    *,
+    score: str = "magnitude",
+    scope: str = "layer",
+    pattern: str = "unstructured",
+    targets: Sequence[str] = TARGETS,
+    schedule: tuple[int, int, int] | None = None,
+    straight_through: bool = False,
+    batches: int = 8,
+    sequential: bool = True,
+) -> Transform:
+    """The weights that are worth least become zero and stay zero: round(sparsity * size) of each group (`select`), of equal ones the first.
+
+    Without a schedule they go at the start, and whatever is zero in the targets then is kept zero by the update, exactly; in a chain of several
+    what an earlier one removed counts. It must be the last of a chain that changes weights. Zeros are kept in params, not in a mask.
+
+    Args:
+        sparsity: share of zeros in the targets; with N:M it is 1 - N/M.
+        score: magnitude, random, taylor, wanda, sparsegpt (which also changes what is left) or movement; the formulas stand in `scores.py`.
+        scope: layer (each layer's matrix loses the share; within each output with wanda) or global (all are compared).
+        pattern: unstructured; N:M, N of every M along the inputs of a product stay; or block:RxC, R inputs by C outputs go together.
+        targets: regexes of the weights, all of them matrices of products in the layers.
+        schedule: (begin, end, every): after each `every` updates from `begin` to `end` the share that `cubic` tells goes, by the weights of
+            that time; the sparsity is reached with update `end`. Updates that were skipped do not count.
+        straight_through: with a schedule: until `end` what is removed goes on being trained, by the gradient at zero, beside the params, and may
+            come back (straight-through estimator; Bengio et al. 2013). Movement pruning is meant to be used so.
+        batches: calibration rows that taylor, wanda and sparsegpt look at, in batches of the run.
+        sequential: wanda and sparsegpt look at each layer after those below it are pruned, as published, at the cost of one forward pass a
+            layer; else at all layers of the dense model in one.
+
+    Raises:
+        ConfigError: a value that is not allowed, or arguments that do not go together.
+    """
+    rule = Rule(sparsity, score, scope, parse_pattern(pattern), tuple(targets))
+    _check(rule, pattern, schedule, straight_through, batches)
+    if not sparsity:
+        return IDENTITY
+    told: dict[str, Any] = dict(score=score, scope=scope, pattern=pattern, targets=rule.targets, schedule=schedule)
+    told |= dict(straight_through=straight_through, batches=batches, sequential=sequential)
+    default = prune.__kwdefaults__ or {}
+    label = ", ".join([f"{sparsity}", *(f"{k}={v!r}" for k, v in told.items() if v != default[k])])
+
+    def params(config: ModelConfig, params: Params, key: Array, aux: Any) -> Params:
+        chosen = _chosen(rule, params)
+        if schedule:
+            return params
+        if score in FROM_DATA and not isinstance(aux, Calibration):
+            raise ConfigError(f"prune: score {score!r} looks at rows of data: it needs aux=Calibration(batches, loss)")
+        if score in LAYERWISE:
+            return _layerwise(rule, config, params, aux, chosen, sequential)
+        weights = {name: matrix(name, x) for name, x in _named(params).items() if name in chosen}
+        if score == "taylor":
+            mask = tree.map_with_name(lambda name, _: name in chosen, params)
+            found = _named(scores.gradients(aux.loss(config), params, aux.batches, mask))
+            worth = {name: scores.taylor(w, matrix(name, found[name])) for name, w in weights.items()}
+        elif score == "random":
+            keys = jax.random.split(key, len(weights))
+            worth = {name: scores.random(w, k) for (name, w), k in zip(weights.items(), keys)}
+        else:
+            worth = {name: scores.magnitude(w) for name, w in weights.items()}
+        kept = select(rule, worth, weights)
+        return tree.map_with_name(
+            lambda name, x: jnp.where(kept[name].reshape(x.shape), x, 0) if name in kept else x, params
+        )
+
+    return Transform(
+        params=params,
+        update=_gradual(rule, schedule, straight_through) if schedule else _hold(rule.targets),
+        label=f"prune({label})",
+        calibration=batches if score in FROM_DATA else 0,
+        card=lambda params: pruned_card(params, rule.targets),
+    )
+
+
+def _check(rule: Rule, pattern: str, schedule: Any, straight_through: bool, batches: int) -> None:
+    """Raise where the arguments of `prune` are no values or do not go together."""
+    choose("score", rule.score, SCORES)
+    choose("scope", rule.scope, ("layer", "global"))
+    grouped, blocked = rule.pattern.of, rule.pattern.rows * rule.pattern.columns > 1
+    if not 0 <= rule.sparsity < 1:
+        raise ConfigError(f"prune: sparsity is {rule.sparsity}: it must lie in [0, 1)")
+    if grouped and rule.sparsity and abs(rule.sparsity - (1 - rule.pattern.keep / grouped)) > 1e-6:
+        share = 1 - rule.pattern.keep / grouped
+        raise ConfigError(f"prune: pattern {pattern!r} has sparsity {share:g}, not {rule.sparsity:g}")
+    if rule.scope == "global" and (grouped or rule.score in LAYERWISE):
+        what = f"pattern {pattern!r}" if grouped else f"score {rule.score!r}"
+        raise ConfigError(f"prune: {what} compares within a layer: scope must be 'layer'")
+    if blocked and rule.score in LAYERWISE:
+        raise ConfigError(f"prune: score {rule.score!r} compares within each output, not blocks: {pattern!r}")
+    if batches < 1:
+        raise ConfigError(f"prune: batches is {batches}: it must be at least 1")
+    if schedule is None:
+        if rule.score == "movement" or straight_through:
+            what = "score 'movement'" if rule.score == "movement" else "straight_through"
+            raise ConfigError(f"prune: {what} needs a schedule=(begin, end, every)")
+        return
+    begin, end, every = schedule if len(schedule) == 3 else (0, 0, 0)
+    if not 0 <= begin < end or every < 1 or (end - begin) % every:
+        raise ConfigError(
+            f"prune: schedule is {tuple(schedule)}: (begin, end, every) must have 0 <= begin < end, and `every` must divide end - begin"
+        )
+    if rule.score not in GRADUAL:
+        raise ConfigError(f"prune: score {rule.score!r} does not go with a schedule: take {' or '.join(GRADUAL)}")
+
+
+def _named(params: Any) -> dict[str, Array]:
+    """The weights by their paths."""
+    return dict(zip(tree.names(params), jax.tree.leaves(params)))
+
+
+def _matches(name: str, regexes: Sequence[str]) -> bool:
+    return any(re.fullmatch(regex, name) for regex in regexes)
+
+
+def _chosen(rule: Rule, params: Params) -> list[str]:
+    """The paths of the targets. Raises ConfigError where one is no matrix of a product, or is not made of whole groups or blocks."""
+    mask = _named(tree.mask(params, rule.targets, "prune: target"))
+    chosen = [name for name, chosen in mask.items() if chosen]
+    pattern, weights = rule.pattern, _named(params)
+    for name in chosen:
+        if not _matches(name, TARGETS):
+            raise ConfigError(f"prune: {name} is not the matrix of a product in the layers")
+        _, inputs, outputs = jax.eval_shape(functools.partial(matrix, name), weights[name]).shape
+        if inputs % (pattern.of or pattern.rows) or outputs % pattern.columns:
+            raise ConfigError(
+                f"prune: {name} has {inputs} inputs and {outputs} outputs, which do not divide into "
+                + (f"groups of {pattern.of} inputs" if pattern.of else f"blocks of {pattern.rows}x{pattern.columns}")
+            )
+    return chosen
+
+
+def _layerwise(
+    rule: Rule, config: ModelConfig, params: Params, aux: Calibration, chosen: list[str], sequential: bool
+) -> Params:
+    """Each stack pruned by what its products are multiplied with: a layer at a time, those below it pruned already, or all at once."""
+    groups = (rule.pattern.keep, rule.pattern.of) if rule.pattern.of else None
+
+    def pruned(w: Float[Array, "l I O"], moments: Array) -> Array:
+        if rule.score == "wanda":
+            kept = select(rule, {"": scores.wanda(w, moments)}, {"": w})[""]
+            return jnp.where(kept, w, 0)
+        one = functools.partial(scores.sparsegpt, sparsity=rule.sparsity, groups=groups)
+        return jax.lax.map(lambda each: one(*each), (w, moments))
+
+    def stack(own: list[str], params: Params) -> Params:
+        depth = _named(params)[own[0]].shape[0]
+        width = 1 if sequential else depth
+
+        def some(i: Array, params: Params) -> Params:
+            layers = i + jnp.arange(width)
+            moments = scores.second_moments(config, params, aux.batches, own, layers, diagonal=rule.score == "wanda")
+
+            def one(path: str, x: Array) -> Array:
+                if path not in own:
+                    return x
+                new = pruned(matrix(path, x[layers]), moments[path])
+                return x.at[layers].set(new.reshape(width, *x.shape[1:]).astype(x.dtype))
+
+            return tree.map_with_name(one, params)
+
+        return jax.lax.fori_loop(0, depth // width, some, params)
+
+    for side in ("encoder", "decoder"):
+        if own := [name for name in chosen if name.startswith(f"{side}/")]:
+            params = stack(own, params)
+    return params
+
+
+class PruneState(NamedTuple):
+    """The inner optimizer's state, and what pruning keeps beside it; trees like the trained params, with None where nothing is pruned."""
+
+    inner: Any
+    kept: Any
+    """false where a weight is held at zero"""
+    step: Any = None
+    """updates made, on a schedule"""
+    hidden: Any = None
+    """straight through: the weights as they would be if none were removed"""
+    movement: Any = None
+    """the scores of movement pruning"""
+
+
+def _at(function: Callable[..., Any], kept: Any, x: Any, *more: Any) -> Any:
+    """function(kept, x, ...) where all are there, else x: `kept` is None where nothing is pruned, others where params are frozen."""
+
+    def one(*leaves: Any) -> Any:
+        return leaves[1] if any(leaf is None for leaf in leaves) else function(*leaves)
+
+    return jax.tree.map(one, kept, x, *more, is_leaf=lambda leaf: leaf is None)
+
+
+def _hold(targets: Sequence[str]) -> Callable[[optax.GradientTransformation], optax.GradientTransformation]:
+    """An update after which the targets' weights that were zero at its start are zero: they have no gradient, and their update is -p."""
+
+    def update(inner: optax.GradientTransformation) -> optax.GradientTransformation:
+        rule = optax.with_extra_args_support(inner)
+
+        def init(params: Any) -> PruneState:
+            kept = tree.map_with_name(lambda name, x: x != 0 if _matches(name, targets) else None, params)
+            return PruneState(rule.init(params), kept)
+
+        def step(updates, state, params=None, **extra):
+            updates = _at(lambda kept, g: jnp.where(kept, g, 0), state.kept, updates)
+            updates, below = rule.update(updates, state.inner, params, **extra)
+            updates = _at(lambda kept, u, p: jnp.where(kept, u, -p), state.kept, updates, params)
+            return updates, state._replace(inner=below)
+
+        return optax.GradientTransformationExtraArgs(init, step)
+
+    return update
+
+
+def _gradual(
+    rule: Rule, schedule: tuple[int, int, int], straight_through: bool
+) -> Callable[[optax.GradientTransformation], optax.GradientTransformation]:
+    """An update that removes weights on the schedule. The choice is made anew only when it is due; else it costs a select."""
+    begin, end, every = schedule
+
+    def chosen_now(kept: Any, weights: Any, movement: Any, step: Array) -> Any:
+        found = {name: matrix(name, x) for name, x in _named(weights).items() if name in names(kept)}
+        if rule.score == "movement":
+            worth = {name: matrix(name, x) for name, x in _named(movement).items()}
+        else:
+            worth = {name: scores.magnitude(x) for name, x in found.items()}
+        stays = select(rule, worth, found, cubic(step, begin, end, 1.0))
+        return tree.map_with_name(lambda name, x: stays[name].reshape(x.shape), kept)
+
+    def names(kept: Any) -> set[str]:
+        return set(tree.names(kept))
+
+    def update(inner: optax.GradientTransformation) -> optax.GradientTransformation:
+        optimizer = optax.with_extra_args_support(inner)
+
+        def init(params: Any) -> PruneState:
+            below = optimizer.init(params)
+            leaves = jax.tree.leaves(below, is_leaf=lambda x: isinstance(x, optax.contrib.ScheduleFreeState))
+            if any(isinstance(x, optax.contrib.ScheduleFreeState) for x in leaves):
+                raise ConfigError(
+                    "prune: a schedule does not go with a schedule-free optimizer, which keeps its own copy"
+                )
+            targets = tree.map_with_name(lambda name, x: x if _matches(name, rule.targets) else None, params)
+
+            def zeros() -> Any:
+                return jax.tree.map(jnp.zeros_like, targets)
+
+            return PruneState(
+                below,
+                jax.tree.map(lambda x: jnp.ones(x.shape, bool), targets),
+                jnp.zeros((), jnp.int32),
+                zeros() if straight_through else None,
+                zeros() if rule.score == "movement" else None,
+            )
+
+        def step(updates, state, params=None, **extra):
+            before, now, movement, hidden = state.kept, state.step + 1, state.movement, state.hidden
+            weights = params
+            if straight_through:
+                weights = _at(lambda kept, p, h: jnp.where(kept, p, h), before, params, hidden)
+            if rule.score == "movement":
+                movement = _at(lambda _, s, w, g: scores.movement(s, w, g), before, movement, weights, updates)
+            trained = now <= end if straight_through else False
+            updates = _at(lambda kept, g: jnp.where(kept | trained, g, 0), before, updates)
+            updates, below = optimizer.update(updates, state.inner, weights, **extra)
+            due = (now > begin) & (now <= end) & ((now - begin) % every == 0)
+            kept = jax.lax.cond(due, lambda: chosen_now(before, weights, movement, now), lambda: before)
+            if straight_through:
+                hidden = _at(lambda _, h, w, u: w + u, before, hidden, weights, updates)
+                updates = _at(lambda was, u, h: jnp.where(was, u, h), before, updates, hidden)
+            updates = _at(lambda kept, u, p: jnp.where(kept, u, -p), kept, updates, params)
+            return updates, PruneState(below, kept, now, hidden, movement)
+
+        return optax.GradientTransformationExtraArgs(init, step)
+
+    return update
+
+
+def keep_zeros(names: Sequence[str]) -> Transform:
+    """What is zero at the start of a run in the named weights (regexes) stays zero: for a run from a model whose card names them as pruned.
+
+    Raises:
+        ConfigError: a regex that matches no parameter.
+    """
+    if not names:
+        return IDENTITY
+
+    def params(config: ModelConfig, params: Params, key: Array, aux: Any) -> Params:
+        tree.mask(params, names, "keep_zeros")
+        return params
+
+    return Transform(
+        params=params,
+        update=_hold(tuple(names)),
+        label=f"keep_zeros({list(names)})",
+        card=lambda params: pruned_card(params, names),
+    )
+
+
+def densify() -> Transform:
+    """A run from a pruned model that says so trains its zeros like other weights."""
+    return Transform(label="densify()")
+
+
+def sparsities(params: Params, names: Sequence[str]) -> dict[str, float]:
+    """The share of zeros in each weight whose path a regex of `names` matches.
+
+    >>> sparsities({"a": np.array([0.0, 1.0]), "b": np.zeros(3)}, ["a"])
+    {'a': 0.5}
+    """
+    tree.match(params, names, "sparsities")
+    chosen = {name: x for name, x in _named(params).items() if _matches(name, names)}
+    zeros = _zeros(chosen)
+    return {name: int(np.asarray(zeros[name], np.int64).sum()) / x.size for name, x in chosen.items()}
+
+
+@jax.jit
+def _zeros(params: Any) -> Any:
+    """How many are zero in each weight, by its leading axis."""
+    return jax.tree.map(lambda x: jnp.sum(x == 0, axis=tuple(range(1, x.ndim))), params)
+
+
+def pruned_card(params: Params, targets: Sequence[str] = TARGETS) -> dict[str, dict[str, float]]:
+    """What a card states of pruned weights: {"pruned": {path: share of zeros}}, those without a zero left out."""
+    return {"pruned": {name: share for name, share in sparsities(params, targets).items() if share}}
+
+
+def check_sparsity(params: Params, card: dict[str, Any]) -> None:
+    """Raise unless the weights have the zeros that their card states.
+
+    Raises:
+        CheckpointError: naming the first weight that has fewer, or is missing.
+    """
+    stated = card.get("pruned") or {}
+    known = _named(params)
+    for name in stated:
+        if name not in known:
+            raise CheckpointError(f"the card states that {name} is pruned, and the model has no such weight")
+    found = sparsities(params, [re.escape(name) for name in stated])
+    for name, share in stated.items():
+        if (share - found[name]) * known[name].size > 0.5:
+            raise CheckpointError(f"the card states that {share:.4%} of {name} are zero; {found[name]:.4%} are")

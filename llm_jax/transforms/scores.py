@@ -1,0 +1,311 @@
+"""What a weight is worth: scores by which pruning chooses, the statistics of data that they read, and the choice of the least.
+
+Matrices are (L, I, O): layers, inputs (the axes that a product sums over, flattened), outputs. What is done with a choice stands in `prune.py`.
+"""
+
+import math
+import re
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float
+
+from llm_jax import tree
+from llm_jax.errors import ConfigError
+from llm_jax.losses import LossFn
+from llm_jax.models import transformer
+from llm_jax.models.config import ModelConfig
+from llm_jax.models.transformer import Params
+
+EXACT = jax.lax.Precision.HIGHEST
+
+
+Matrices = dict[str, Float[Array, "L I O"]]
+
+
+class Pattern(NamedTuple):
+    """What is removed together or compared: blocks of rows x columns of a matrix (I, O), or all but `keep` of every `of` rows of a column."""
+
+    rows: int = 1
+    columns: int = 1
+    keep: int = 0
+    of: int = 0
+
+
+def parse_pattern(text: str) -> Pattern:
+    """The pattern that `prune` calls so.
+
+    >>> parse_pattern("2:4"), parse_pattern("block:4x1")
+    (Pattern(rows=1, columns=1, keep=2, of=4), Pattern(rows=4, columns=1, keep=0, of=0))
+    """
+    if text == "unstructured":
+        return Pattern()
+    if (found := re.fullmatch(r"(\d+):(\d+)", text)) and 0 < int(found[1]) < int(found[2]):
+        return Pattern(keep=int(found[1]), of=int(found[2]))
+    if (found := re.fullmatch(r"block:(\d+)x(\d+)", text)) and int(found[1]) and int(found[2]):
+        return Pattern(rows=int(found[1]), columns=int(found[2]))
+    raise ConfigError(
+        f"prune: pattern is {text!r}: it must be 'unstructured', 'N:M' such as '2:4' (2 of every 4 are kept) or 'block:RxC'"
+    )
+
+
+class Rule(NamedTuple):
+    """Which weights go."""
+
+    sparsity: float
+    score: str
+    scope: str
+    pattern: Pattern
+    targets: tuple[str, ...]
+
+
+def matrix(name: str, x: Array) -> Float[Array, "L I O"]:
+    """A stacked weight as matrices: the axes that its product sums over, flattened, then those that it makes."""
+    inputs = x.shape[1:-1] if name.endswith(("/out", "/down")) else x.shape[1:2]
+    return x.reshape(x.shape[0], math.prod(inputs), -1)
+
+
+def magnitude(w: Float[Array, "L I O"]) -> Float[Array, "L I O"]:
+    """|w| (Han et al. 2015, section 3)."""
+    return jnp.abs(w.astype(jnp.float32))
+
+
+def random(w: Float[Array, "L I O"], key: Array) -> Float[Array, "L I O"]:
+    """Uniform in [0, 1): the score that every other one must beat."""
+    return jax.random.uniform(key, w.shape)
+
+
+def taylor(w: Float[Array, "L I O"], g: Float[Array, "L I O"]) -> Float[Array, "L I O"]:
+    """|g w|, the first-order change of the loss when w becomes 0; g is the gradient over the calibration rows (Molchanov et al. 2016, eq. 7)."""
+    return jnp.abs(g * w)
+
+
+def wanda(w: Float[Array, "L I O"], squares: Float[Array, "L I"]) -> Float[Array, "L I O"]:
+    """|w_ij| ||x_i||_2 with ||x_i||_2^2 = `squares` summed over tokens, to be compared within each output j (Sun et al. 2023, eq. 1)."""
+    return jnp.abs(w) * jnp.sqrt(squares)[..., None]
+
+
+def movement(before: Array, w: Array, g: Array) -> Array:
+    """S - g w, summed over the updates: high where training moves a weight away from 0 (Sanh et al. 2020, eq. 4, without its learning rate)."""
+    return before - g * w
+
+
+def sparsegpt(
+    w: Float[Array, "I O"],
+    hessian: Float[Array, "I I"],
+    sparsity: float,
+    groups: tuple[int, int] | None = None,
+    *,
+    damping: float = 0.01,
+    block: int = 128,
+) -> Float[Array, "I O"]:
+    """The matrix without its least weights, the others changed so that X W stays as near as can be (SparseGPT; Frantar & Alistarh 2023, alg. 1).
+
+    With H = X^T X + damping mean(diag X^T X) I and U^T U = H^-1, U upper triangular, row after row: removing w_ij costs (w_ij / U_ii)^2, and the
+    rows below take over with w_k -= w_i / U_ii U_ik. In every `block` of rows the share `sparsity` goes, so that round(sparsity I O) go in all;
+    with groups (N, M) all but N of every M rows of an output. Rows beyond the block are updated by one product when it is done.
+    """
+    inputs, outputs = w.shape
+    group = groups[1] if groups else min(block, inputs)
+    size = max(group, min(block, inputs) // group * group)
+    count = -(-inputs // size)
+    total = count * size
+    u = _inverse_factor(hessian, damping, total)
+    quota = np.diff([round(sparsity * outputs * min(i * size, inputs)) for i in range(count + 1)])
+    quotas = jnp.asarray(quota, jnp.uint32)
+
+    def one_block(b: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
+        w, kept = carry
+        start = b * size
+        factor = jax.lax.dynamic_slice(u, (start, start), (size, size))
+        diagonal = jnp.diagonal(factor)[:, None]
+
+        def choose(rows: Array, j: Array) -> Array:
+            part = jax.lax.dynamic_slice_in_dim(rows / diagonal, j, group)
+            real = start + j + jnp.arange(group) < inputs
+            cost = jnp.where(real[:, None], jnp.square(part), jnp.inf)
+            least = smallest([cost], groups[1] - groups[0], (0,)) if groups else smallest([cost], quotas[b], (0, 1))
+            return ~least[0]
+
+        def one_row(j: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+            rows, kept, errors = carry
+            kept = jax.lax.cond(
+                j % group == 0,
+                lambda: jax.lax.dynamic_update_slice_in_dim(kept, choose(rows, j), j, 0),
+                lambda: kept,
+            )
+            error = jnp.where(kept[j], 0, rows[j] / factor[j, j])
+            return rows - factor[j][:, None] * error, kept, errors.at[j].set(error)
+
+        rows = jax.lax.dynamic_slice_in_dim(w, start, size)
+        begun = (rows, jnp.ones(rows.shape, bool), jnp.zeros_like(rows))
+        rows, kept_rows, errors = jax.lax.fori_loop(0, size, one_row, begun)
+        w = jax.lax.dynamic_update_slice_in_dim(w, rows, start, 0)
+        below = jnp.where(jnp.arange(total) >= start + size, jax.lax.dynamic_slice_in_dim(u, start, size), 0)
+        w = w - jnp.matmul(below.T, errors, precision=EXACT)
+        return w, jax.lax.dynamic_update_slice_in_dim(kept, kept_rows, start, 0)
+
+    wide = jnp.pad(w.astype(jnp.float32), ((0, total - inputs), (0, 0)))
+    wide, kept = jax.lax.fori_loop(0, count, one_block, (wide, jnp.ones(wide.shape, bool)))
+    return jnp.where(kept, wide, 0)[:inputs].astype(w.dtype)
+
+
+def _inverse_factor(hessian: Float[Array, "I I"], damping: float, total: int) -> Float[Array, "T T"]:
+    """U, upper triangular with U^T U = H^-1, of H damped and filled up with an identity; its scale makes no difference and is taken out.
+
+    H = R R^T with R upper triangular is a Cholesky factorisation with rows and columns in reverse order, and U = R^-1: no inverse of H is formed.
+    """
+    inputs = hessian.shape[0]
+    scale = jnp.maximum(jnp.mean(jnp.diagonal(hessian)), 1e-30)
+    identity = jnp.eye(total, dtype=jnp.float32)
+    h = identity.at[:inputs, :inputs].set(hessian / scale + damping * jnp.eye(inputs))
+    r = jnp.linalg.cholesky(h[::-1, ::-1])[::-1, ::-1]
+    return jax.scipy.linalg.solve_triangular(r, identity, lower=False)
+
+
+def smallest(arrays: Sequence[Array], count: Any, axes: tuple[int, ...]) -> list[Bool[Array, "..."]]:
+    """True at exactly `count` values over `axes`, of all arrays together: the smallest, and of equal ones the first.
+
+    What a stable sort would choose, found by bisection over the bits of the values and then over the places of the equal ones: 64 passes that
+    only count, in which sharded arrays stay where they are. Up to 2^32 values are told apart.
+    """
+
+    def bisect(below: Callable[[Array], Array], shape: Any) -> Array:
+        """The greatest number of 32 bits with below(number) <= what is wanted."""
+
+        def bit(i: Array, found: Array) -> Array:
+            trial = found | (jnp.uint32(1) << (31 - i).astype(jnp.uint32))
+            return jnp.where(below(trial), trial, found)
+
+        return jax.lax.fori_loop(0, 32, bit, jnp.zeros(shape, jnp.uint32))
+
+    def counted(each: Sequence[Array]) -> Array:
+        return sum(jnp.sum(x, axis=axes, keepdims=True, dtype=jnp.uint32) for x in each)  # type: ignore[return-value]
+
+    def place(x: Array, offset: int) -> Array:
+        found = jnp.zeros((), jnp.uint32)
+        for axis in axes:
+            found = found * x.shape[axis] + jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
+        return found + jnp.uint32(offset)
+
+    wanted = jnp.asarray(count, jnp.uint32)
+    shape = tuple(1 if i in axes else n for i, n in enumerate(arrays[0].shape))
+    values = [_ordered(x) for x in arrays]
+    sizes = [math.prod(x.shape[axis] for axis in axes) for x in arrays]
+    limit = bisect(lambda t: counted([x < t for x in values]) <= wanted, shape)
+    rest = wanted - counted([x < limit for x in values])
+
+    def first(t: Array) -> list[Array]:
+        return [(x == limit) & (place(x, sum(sizes[:i])) < t) for i, x in enumerate(values)]
+
+    last = bisect(lambda t: counted(first(t)) <= rest, shape)
+    return [(x < limit) | tie for x, tie in zip(values, first(last))]
+
+
+def _ordered(x: Array) -> Array:
+    """Unsigned integers in the order of the floats."""
+    bits = jax.lax.bitcast_convert_type(x.astype(jnp.float32) + 0.0, jnp.uint32)
+    return jnp.where(bits >> 31 == 1, ~bits, bits | jnp.uint32(1 << 31))
+
+
+def select(rule: Rule, worth: Matrices, weights: Matrices, share: Any = 1.0) -> dict[str, Bool[Array, "L I O"]]:
+    """True for the weights that stay when round(sparsity * size) of each group go, times `share`, those that are zero already first.
+
+    A group is a layer's matrix, all matrices together (scope "global"), each output (wanda) or every M inputs of an output (N:M, of which
+    M - N go). A block is worth the sum of its weights; blocks are counted in place of weights.
+    """
+    pattern = rule.pattern
+    pooled = {name: _pool(pattern, worth[name], weights[name]) for name in worth}
+    axes: tuple[int, ...] = (2,) if pattern.of else (1,) if rule.score == "wanda" else (1, 2)
+
+    def least(arrays: list[Array], axes: tuple[int, ...]) -> list[Array]:
+        size = sum(math.prod(x.shape[axis] for axis in axes) for x in arrays)
+        count = pattern.of - pattern.keep if pattern.of else round(rule.sparsity * size)
+        now = jnp.asarray(jnp.round(count * share), jnp.uint32)
+        return smallest(arrays, jnp.where(share >= 1, jnp.uint32(count), now), axes)
+
+    if rule.scope == "global":
+        removed = dict(zip(pooled, least(list(pooled.values()), (0, 1, 2))))
+    else:
+        removed = {name: least([x], axes)[0] for name, x in pooled.items()}
+    return {name: ~_spread(pattern, x, weights[name].shape) for name, x in removed.items()}
+
+
+def _pool(pattern: Pattern, worth: Array, weights: Array) -> Array:
+    """The worth of what goes as one, (L, I/M, M, O) or (L, I/R, O/C); that of zeros is below any other."""
+    layers, inputs, outputs = weights.shape
+    worth = worth.astype(jnp.float32)
+    if pattern.of:
+        return jnp.where(weights == 0, -jnp.inf, worth).reshape(layers, inputs // pattern.of, pattern.of, outputs)
+    rows, columns = pattern.rows, pattern.columns
+    cut = (layers, inputs // rows, rows, outputs // columns, columns)
+    gone = jnp.all(weights.reshape(cut) == 0, axis=(2, 4))
+    return jnp.where(gone, -jnp.inf, jnp.sum(worth.reshape(cut), axis=(2, 4)))
+
+
+def _spread(pattern: Pattern, x: Array, shape: tuple[int, ...]) -> Array:
+    """The choice for each weight, from that for what goes as one."""
+    if not pattern.of:
+        layers, rows, columns = x.shape
+        x = jnp.broadcast_to(x[:, :, None, :, None], (layers, rows, pattern.rows, columns, pattern.columns))
+    return x.reshape(shape)
+
+
+def gradients(loss: LossFn, params: Params, batches: dict[str, Array], chosen: Any) -> Any:
+    """The gradient of sum_batches total / sum_batches weight by the chosen weights, without dropout; None in place of the others."""
+    live, fixed = tree.split(params, chosen)
+
+    def total(live: Any, batch: dict[str, Array]) -> tuple[Array, Array]:
+        found = loss(tree.merge(live, fixed), batch, None, {})
+        return found.total, found.weight
+
+    def one(carry: Any, batch: dict[str, Array]) -> tuple[Any, None]:
+        gradient, weight = jax.grad(total, has_aux=True)(live, batch)
+        return jax.tree.map(jnp.add, carry, (gradient, weight)), None
+
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), live)
+    gradient, weight = jax.lax.scan(one, (zeros, jnp.zeros(())), batches)[0]
+    return jax.tree.map(lambda g: g / jnp.maximum(weight, 1e-9), gradient)
+
+
+def second_moments(
+    config: ModelConfig,
+    params: Params,
+    batches: dict[str, Array],
+    names: Sequence[str],
+    layers: Array,
+    diagonal: bool = False,
+) -> dict[str, Array]:
+    """sum_tokens x x^T of what each named weight is multiplied with in these layers, (l, I, I), or its diagonal, (l, I); padding is left out."""
+
+    def one(batch: dict[str, Array]) -> dict[str, Array]:
+        read = transformer.apply(config, params, batch, logits=False, inputs=True).inputs
+        found = {}
+        for name, x in zip(tree.names(read), jax.tree.leaves(read)):
+            if name not in names:
+                continue
+            x = x[layers].astype(jnp.float32)
+            segments = _segments(config, batch, name)
+            if segments is not None:
+                x = jnp.where(segments.reshape(1, *segments.shape, *(1,) * (x.ndim - 3)) != 0, x, 0)
+            x = x.reshape(x.shape[0], x.shape[1] * x.shape[2], -1)
+            if diagonal:
+                found[name] = jnp.sum(jnp.square(x), axis=1)
+            else:
+                found[name] = jnp.einsum("lti,ltj->lij", x, x, precision=EXACT)
+        return found
+
+    zeros = jax.tree.map(
+        lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(one, jax.tree.map(lambda x: x[0], batches))
+    )
+    return jax.lax.scan(lambda carry, batch: (jax.tree.map(jnp.add, carry, one(batch)), None), zeros, batches)[0]
+
+
+def _segments(config: ModelConfig, batch: dict[str, Array], name: str) -> Array | None:
+    """The segments of the stream that a weight reads, 0 in padding; None where there is no padding."""
+    encoded = name.startswith("encoder/") or name.endswith(("cross/key", "cross/value"))
+    prefix = "encoder_" if encoded and config.architecture == "encoder-decoder" else ""
+    return batch.get(f"{prefix}segment_ids")

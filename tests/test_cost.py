@@ -1,0 +1,42 @@
+"""What a smaller model saves, and that zeros save nothing."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from llm_jax import cost, flops, tree
+from llm_jax.models import transformer
+from tests.families import FAMILIES, tiny_model
+
+
+def test_a_smaller_model_costs_less():
+    before = FAMILIES["gpt2"].replace(dim=64, layers=4, mlp_dim=512)
+    after = before.replace(layers=1, mlp_dim=64)
+    found = cost.compare(before, after, (4, 32))
+    for config, one in ((before, found.before), (after, found.after)):
+        assert one.parameters == tree.size(transformer.shapes(config))
+        assert one.flops == flops.forward_flops(config, {"tokens": (4, 32)})
+        assert one.spread[0] <= one.seconds <= one.spread[1]
+    assert found.speedup > 1.2 and not found.same_shapes
+    table = str(found).splitlines()
+    assert [len(line) for line in table[:5]] == [62] * 5 and "4 rows of 32 tokens" in table[5]
+    assert table[3].split()[-1] == f"{found.after.flops / found.before.flops:.3f}"
+    assert "no speed-up" not in str(found)
+
+
+def test_of_zeros_no_speed_up_is_expected():
+    tiny = tiny_model("bert")
+    half = jax.tree.map(lambda x: jnp.where(jnp.arange(x.size).reshape(x.shape) % 2 == 0, x, 0), tiny.params)
+    found = cost.compare(tiny.config, tiny.config, (2, 8), tiny.params, half)
+    assert found.same_shapes and found.before.zeros == 0
+    assert found.after.zeros == sum(x.size // 2 for x in jax.tree.leaves(tiny.params))
+    share = found.after.zeros / found.after.parameters
+    assert f"{share:.1%} of the weights after are 0 (0.0% before)" in str(found)
+    assert "no speed-up is to be expected" in str(found)
+
+
+@pytest.mark.parametrize("name", ["t5", "vit"])
+def test_two_streams_and_images(name: str):
+    config = FAMILIES[name]
+    found = cost.compare(config, config.replace(mlp_dim=8), (2, 10))
+    assert found.after.flops < found.before.flops and found.after.seconds > 0

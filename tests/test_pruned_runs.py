@@ -1,0 +1,85 @@
+"""Zeros that a card names as pruned stay zero over the life of a model: training, restarts, further runs, until one says otherwise."""
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from llm_jax import checkpoint, loop, model
+from llm_jax.config import Batch, Checkpoint, Data, Eval, Optimizer, Run
+from llm_jax.errors import CheckpointError
+from llm_jax.models.config import ModelConfig
+from llm_jax.tasks import NextToken
+from llm_jax.transforms import densify, prune, shrink
+
+UP = "decoder/layers/mlp/up"
+
+
+def run_of(corpus: Path, folder: Path, **changes: Any) -> Run:
+    plain = Run(
+        name=folder.name,
+        workdir=str(folder),
+        model=ModelConfig(vocab_size=512, max_length=16, layers=1, dim=16, heads=2),
+        transforms=(prune(0.75, schedule=(1, 5, 2)),),
+        task=NextToken(),
+        data=Data(sources=(f"text:{corpus}/*.txt",), tokenizer="bpe:512", heldout=0.1),
+        optimizer=Optimizer(learning_rate=1e-2, weight_decay=0.1),
+        steps=6,
+        batch=Batch(size=8, length=16),
+        checkpoint=Checkpoint(every=3),
+        eval=Eval(every=0, batches=1),
+    )
+    return dataclasses.replace(plain, **changes)
+
+
+def zeros(path: Path) -> np.ndarray:
+    return np.asarray(model.load(path).params["decoder"]["layers"]["mlp"]["up"]) == 0
+
+
+@pytest.fixture(scope="module")
+def pruned(corpus, tmp_path_factory):
+    """A run that prunes while it trains."""
+    folder = tmp_path_factory.mktemp("pruned") / "run"
+    loop.train(run_of(corpus, folder))
+    return folder
+
+
+def test_the_card_states_what_is_pruned_and_a_restart_changes_nothing(pruned, corpus, tmp_path):
+    assert zeros(pruned).mean() == 0.75
+    assert checkpoint.read_card(pruned)["pruned"][UP] == 0.75
+    shutil.copytree(pruned, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "6")
+    loop.train(run_of(corpus, tmp_path / "run", name="run"))
+    jax.tree.map(np.testing.assert_array_equal, model.load(tmp_path / "run").params, model.load(pruned).params)
+
+
+def test_a_later_run_keeps_the_zeros_unless_told_to_densify(pruned, corpus, tmp_path):
+    kept = run_of(corpus, tmp_path / "kept", start=str(pruned), model=None, transforms=(), steps=4)
+    loop.train(kept)
+    assert (zeros(tmp_path / "kept") == zeros(pruned)).all()
+    assert checkpoint.read_card(tmp_path / "kept")["pruned"][UP] == 0.75
+    loop.train(dataclasses.replace(kept, workdir=str(tmp_path / "dense"), transforms=(densify(),)))
+    assert not zeros(tmp_path / "dense").any()
+    assert "pruned" not in checkpoint.read_card(tmp_path / "dense")
+
+
+def test_a_change_hands_the_masks_on(pruned):
+    loaded = model.load(pruned)
+    made = model.transform(loaded, shrink(mlp=0.5), jax.random.key(0))
+    assert made.card["pruned"][UP] == np.mean(np.asarray(made.params["decoder"]["layers"]["mlp"]["up"]) == 0)
+
+
+def test_weights_with_fewer_zeros_than_their_card_states_are_refused(pruned, tmp_path):
+    loaded = model.load(pruned)
+    filled = jax.tree.map(lambda x: x + 1e-3, loaded.params)
+    model.save(dataclasses.replace(loaded, params=filled), tmp_path / "filled")
+    with pytest.raises(
+        CheckpointError, match="the card states that 75.0000% of decoder/layers/.* are zero; 0.0000% are"
+    ):
+        model.load(tmp_path / "filled")
+    assert json.loads(json.dumps(loaded.card["pruned"])) == loaded.card["pruned"]
