@@ -128,7 +128,8 @@ def _calibration(run: Run, sources: list[Any], tokenizer: Tokenizer, count: int)
         batches = [next(rows).batch for _ in range(count)]
     if any(x.shape != batches[0][name].shape for batch in batches for name, x in batch.items()):
         raise ConfigError("the rows that a transform looks at must be of one length: leave data.buckets empty")
-    return tf.Calibration({name: np.stack([b[name] for b in batches]) for name in batches[0]}, run.task.loss)
+    stacked: dict[str, Any] = {name: np.stack([batch[name] for batch in batches]) for name in batches[0]}
+    return tf.Calibration(stacked, run.task.loss)
 
 
 def _references(change: tf.Transform, mesh: jax.sharding.Mesh) -> tuple[dict[str, Any], Callable[[], dict[str, Any]]]:
