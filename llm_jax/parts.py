@@ -237,7 +237,7 @@ def assemble(
             started, card = loaded.params, loaded.card
             inherited["parents"] = [card.get("hashes", {}).get("params") or content_hash(started)]
             inherited |= {name: card[name] for name in ORIGINS if name in card}
-        make = jax.jit(init, donate_argnums=1, out_shardings=placed, compiler_options=quick)
+        make = jax.jit(init, out_shardings=placed, compiler_options=quick)
         state = make(key, started, aux)
         del started
         others, hashes = reference()

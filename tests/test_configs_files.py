@@ -13,8 +13,9 @@ import jax
 import numpy as np
 import pytest
 
-from llm_jax import config, loop, optim, parts, sharding, step, tree
+from llm_jax import config, loop, model, optim, parts, sharding, step, tree
 from llm_jax.config import Run, load, override, show
+from llm_jax.data.tokenizer import load_tokenizer
 from llm_jax.models import presets, transformer
 from llm_jax.tasks import Classification
 from llm_jax.tasks.span_corruption import SENTINELS, SpanCorruption
@@ -35,8 +36,24 @@ WORDS = (
 STARTS = {
     "asset:minilm": presets.bert(layers=6, dim=384, heads=12, mlp_dim=1536),
     "models/bert-base-uncased": presets.bert(),
+    "runs/snippets_minilm": presets.bert(
+        layers=6, dim=384, heads=12, mlp_dim=1536, head="classification", labels=2, pooler="tanh"
+    ),
+    "runs/sotu": config.load(ROOT / "configs" / "sotu.py").model,
 }
 """The sizes that each model has from which a config starts."""
+
+
+@pytest.fixture(autouse=True)
+def earlier_runs(tmp_path, monkeypatch):
+    """A folder to be in, with small models in the place of the runs that others start from."""
+    monkeypatch.chdir(tmp_path)
+    for start, sizes in STARTS.items():
+        if start.startswith("runs/"):
+            kind = "wordpiece:200" if sizes.architecture == "encoder" else "bpe:300"
+            small = sizes.replace(vocab_size=VOCABULARY, dim=24, heads=12 if sizes.layers == 6 else 3, mlp_dim=48)
+            made = model.Model(small, transformer.init(small, jax.random.key(0)), load_tokenizer(kind, WORDS * 9))
+            model.save(made, tmp_path / start)
 
 
 def sizes_of(run: Run) -> Any:
@@ -68,6 +85,7 @@ def shrunk(run: Run, folder: Path) -> Run:
     ]
     (folder / "corpus.jsonl").write_text("\n".join(lines), encoding="utf-8")
     model = sizes_of(run)
+    again = run.start.startswith("runs/")
     small = dict(vocab_size=VOCABULARY, max_length=LENGTH, layers=1, dim=32, heads=4)
     small |= {
         name: n
@@ -77,12 +95,12 @@ def shrunk(run: Run, folder: Path) -> Run:
     return dataclasses.replace(
         run,
         workdir=str(folder / "run"),
-        start="fresh",
+        start=run.start if again else "fresh",
         steps=2,
         epochs=0.0,
         log_every=1,
         mesh=config.Mesh(),
-        model=model.replace(**small),
+        model=None if again else model.replace(**small),
         data=dataclasses.replace(
             run.data,
             sources=(f"jsonl:{folder}/corpus.jsonl",),
@@ -143,7 +161,9 @@ def test_its_own_sizes_fit_together(path):
     )
 
     def init(key):
-        params = change.params(began, transformer.init(began, key), key, None)
+        # what looks at data is tried in the shrunk copies
+        params = transformer.init(began, key)
+        params = transformer.init(sizes, key) if change.calibration else change.params(began, params, key, None)
         return step.init_state(params, optimizer, key)
 
     state = jax.eval_shape(init, jax.random.key(0))
@@ -194,9 +214,10 @@ def test_a_shrunk_copy_takes_two_steps(path, tmp_path, capsys, quick):
     assert result["steps"] == 2 and result["skipped"] == 0 and math.isfinite(result["eval"]["loss"])
     assert len(result["samples"]) == (min(1, len(run.eval.prompts)) if sizes_of(run).architecture != "encoder" else 0)
     assert json.loads((folder / "result.json").read_text(encoding="utf-8")) == result
+    whole = dataclasses.replace(run, model=run.model or model.sizes(run.start))
     assert json.loads((folder / "card.json").read_text(encoding="utf-8"))["config"] == json.loads(
-        json.dumps(config.to_dict(run))
+        json.dumps(config.to_dict(whole))
     )
     assert all(Path(where).exists() for where in result["paths"].values())
     told = capsys.readouterr()
-    assert all(line in told.out + told.err for line in show(run).splitlines()), "the resolved config is printed"
+    assert all(line in told.out + told.err for line in show(whole).splitlines()), "the resolved config is printed"

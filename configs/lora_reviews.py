@@ -1,0 +1,26 @@
+"""MiniLM learns to tell fresh from rotten with its weights frozen: factors of rank 8 beside queries and values, and a head.
+
+python train.py --config=configs/lora_reviews.py
+
+Under one percent of the parameters are trained.
+"""
+
+from llm_jax.config import Batch, Checkpoint, Data, Eval, Optimizer, Run, Schedule
+from llm_jax.tasks import Classification
+from llm_jax.transforms import lora, new_head
+
+
+def get_config() -> Run:
+    return Run(
+        name="lora_reviews",
+        start="asset:minilm",
+        transforms=(new_head("classification", labels=2), lora(8, also=("head/.*",))),
+        task=Classification(labels=("rotten", "fresh")),
+        data=Data(sources=("asset:rotten-tomatoes",), heldout=0.2, group="movie", long="truncate"),
+        optimizer=Optimizer(name="adamw", learning_rate=1e-3),
+        schedule=Schedule(name="linear", final=0.0),
+        epochs=3,
+        batch=Batch(size=4, length=64),
+        checkpoint=Checkpoint(every=10_000, best="accuracy"),
+        eval=Eval(every=0),
+    )
