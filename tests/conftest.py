@@ -10,6 +10,23 @@ import pytest
 from llm_jax import config, sharding
 from llm_jax.data import assets
 from llm_jax.data.tokenizer import Tokenizer, load_tokenizer
+from tests.families import FAMILIES
+
+CORE = ("bert", "llama", "t5")
+"""Families that between them have every kind of layer: transforms are tried on these by default, on the others in the slow part."""
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark tests of transforms on further families as slow."""
+    for item in items:
+        if item.path.parent.name == "transforms" or item.path.name == "test_peft.py":
+            values = (
+                item.callspec.params.values() if isinstance(item, pytest.Function) and hasattr(item, "callspec") else ()
+            )
+            named = {x for x in values if isinstance(x, str) and x in FAMILIES}
+            if named and not named & set(CORE):
+                item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture(scope="session")
