@@ -147,7 +147,7 @@ class _Session:
         self.counts = {name: found.card[name] for name in ("tokens", "flops")}
         self.results, self.best = found.card["results"], found.card["best"]
         self.inherited = {
-            name: found.card[name] for name in ("parents", "references", *cards.ORIGINS) if name in found.card
+            name: found.card[name] for name in ("parents", "kept", "references", *cards.ORIGINS) if name in found.card
         }
         others, hashes = parts.reference()
         for name, before in found.card.get("references", {}).items():

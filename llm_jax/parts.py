@@ -67,14 +67,28 @@ class Parts:
 
 def transform_of(run: Run) -> tf.Transform:
     """The transforms of a config, those that its plain fields ask for among them; freezing is outermost, since it hides params."""
-    pruned = () if run.start == "fresh" or tf.densify() in run.transforms else models.pruned(run.start)
     return tf.chain(
         accumulate(run.batch.accumulate),
         *run.transforms,
-        tf.keep_zeros(pruned),
+        tf.keep_zeros(_pruned(run)),
         moving_average(run.optimizer.moving_average),
         freeze(run.optimizer.freeze),
     )
+
+
+def _pruned(run: Run) -> tuple[str, ...]:
+    """The weights whose zeros the run is to keep: those that the card of its start names, by its own checkpoints where it has begun."""
+    if run.start == "fresh" or tf.densify() in run.transforms:
+        return ()
+    for at in reversed(checkpoint.steps(run.folder)):
+        try:
+            return tuple(checkpoint.read_card(run.folder / "checkpoints" / str(at))["kept"])
+        except (CheckpointError, KeyError):  # damaged: told when the weights are restored
+            continue
+    try:
+        return models.pruned(run.start)
+    except CheckpointError:  # told when the model is loaded
+        return ()
 
 
 def build(run: Run) -> Parts:
@@ -240,6 +254,7 @@ def assemble(
         make = jax.jit(init, out_shardings=placed, compiler_options=quick)
         state = make(key, started, aux)
         del started
+        inherited["kept"] = list(_pruned(run))
         others, hashes = reference()
         if hashes:
             inherited["references"] = hashes
