@@ -117,6 +117,11 @@ def build(run: Run) -> Parts:
     if run.epochs:
         rows = count_rows(sources, tokenizer, run.task, run.data, run.batch)
         run = dataclasses.replace(run, steps=math.ceil(run.epochs * rows / run.batch.size))
+    for change in run.transforms:
+        if change.steps > run.steps:
+            raise ConfigError(
+                f"{change.label} needs {change.steps} steps, and the run has {run.steps}: it would end half-way"
+            )
     place = dict(process_index=jax.process_index(), process_count=jax.process_count())
     train = Loader(sources, tokenizer, run.task, run.data, run.batch, run.seed, "train", **place)
     heldout = None

@@ -96,6 +96,7 @@ def shrunk(run: Run, folder: Path) -> Run:
         run,
         workdir=str(folder / "run"),
         start=run.start if again else "fresh",
+        transforms=tuple(change._replace(steps=0) for change in run.transforms),
         steps=2,
         epochs=0.0,
         log_every=1,

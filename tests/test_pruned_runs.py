@@ -12,7 +12,7 @@ import pytest
 
 from llm_jax import checkpoint, loop, model
 from llm_jax.config import Batch, Checkpoint, Data, Eval, Optimizer, Run
-from llm_jax.errors import CheckpointError
+from llm_jax.errors import CheckpointError, ConfigError
 from llm_jax.models.config import ModelConfig
 from llm_jax.tasks import NextToken
 from llm_jax.transforms import densify, prune, shrink
@@ -56,6 +56,11 @@ def test_the_card_states_what_is_pruned_and_a_restart_changes_nothing(pruned, co
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "6")
     loop.train(run_of(corpus, tmp_path / "run", name="run"))
     jax.tree.map(np.testing.assert_array_equal, model.load(tmp_path / "run").params, model.load(pruned).params)
+
+
+def test_a_schedule_longer_than_the_run_is_refused(corpus, tmp_path):
+    with pytest.raises(ConfigError, match=r"prune\(0.75, schedule=\(1, 5, 2\)\) needs 5 steps, and the run has 4"):
+        loop.train(run_of(corpus, tmp_path / "run", steps=4))
 
 
 def test_a_later_run_keeps_the_zeros_unless_told_to_densify(pruned, corpus, tmp_path):

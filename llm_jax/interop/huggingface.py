@@ -26,7 +26,7 @@ from llm_jax.model import Model
 from llm_jax.models import transformer
 from llm_jax.models.config import ModelConfig
 
-__all__ = ["export_model", "import_model", "load", "read_sizes", "read_tokenizer", "save"]
+__all__ = ["export_model", "load", "read_sizes", "read_tokenizer", "save"]
 
 log = logging.getLogger(__name__)
 
@@ -103,19 +103,6 @@ def read_tokenizer(path: str | Path) -> Tokenizer | None:
         " or ".join(TOKENIZER_FILES),
     )
     return None
-
-
-def import_model(source: str | Path, out: str | Path, head: str | None = None, labels: Labels = None) -> dict[str, Any]:
-    """Make a checkpoint of a Hugging Face directory; what was read and what was left out. Raises as `load`."""
-    loaded = load(source, head=head, labels=labels)
-    models.save(loaded, out)
-    origin = loaded.card["huggingface"]
-    return {
-        "parameters": tree.size(loaded.params),
-        "head": loaded.config.head,
-        "left_out": origin["left_out"],
-        "dtype": origin["dtype"],
-    }
 
 
 def export_model(

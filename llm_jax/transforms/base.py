@@ -1,4 +1,4 @@
-"""The one kind of change: a record of five pure functions, each the identity unless given, and their composition."""
+"""The one kind of change: a record of five pure functions, each the identity unless given, with what it asks of a run; and their composition."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -62,6 +62,8 @@ class Transform(NamedTuple):
     """models whose weights the loss finds in its `reference`, by name: where to load each from, or a `Model`"""
     calibration: int = 0
     """batches of training rows that `params` wants in a `Calibration` as its aux"""
+    steps: int = 0
+    """updates that it needs to come to its end; a shorter run is refused"""
     card: Callable[[Params], dict[str, Any]] = lambda params: {}
     """what the card of the model states of its weights, such as which are pruned"""
 
@@ -104,6 +106,7 @@ def chain(*transforms: Transform) -> Transform:
                 raise ConfigError(f"two transforms read a model called {name!r}: {reference[name]} and {model}")
             reference[name] = model
     calibration = max((transform.calibration for transform in transforms), default=0)
+    steps = max((transform.steps for transform in transforms), default=0)
 
     def card(weights: Params) -> dict[str, Any]:
         stated: dict[str, Any] = {}
@@ -112,4 +115,5 @@ def chain(*transforms: Transform) -> Transform:
                 stated[name] = {**stated.get(name, {}), **entry} if isinstance(entry, dict) else entry
         return stated
 
-    return Transform(config, params, wrap("loss"), wrap("grad"), wrap("update"), label, reference, calibration, card)
+    functions = (config, params, wrap("loss"), wrap("grad"), wrap("update"))
+    return Transform(*functions, label, reference, calibration, steps, card)

@@ -116,6 +116,7 @@ def prune(
         update=_gradual(rule, schedule, straight_through) if schedule else _hold(rule.targets),
         label=f"prune({label})",
         calibration=batches if score in FROM_DATA else 0,
+        steps=schedule[1] if schedule else 0,
         card=lambda params: pruned_card(params, rule.targets),
     )
 

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
+from llm_jax import cli, tree
 from llm_jax import model as models
-from llm_jax import tree
 from llm_jax.data.tokenizer import Tokenizer, load_tokenizer
 from llm_jax.errors import CheckpointError, DataError
 from llm_jax.interop import huggingface
@@ -517,12 +517,13 @@ def test_full_disk(small_disk: Path, made: Any):
     assert list(small_disk.iterdir()) == []
 
 
-def test_import_and_export(directory: Any, tmp_path: Path, equal_trees: Any):
+def test_import_and_export(directory: Any, tmp_path: Path, equal_trees: Any, capsys: pytest.CaptureFixture[str]):
     folder = directory("bert", head="mlm")
-    found = huggingface.import_model(folder, tmp_path / "checkpoint", head="classification", labels=3)
-    assert found["head"] == "classification" and found["dtype"] == "float32" and len(found["left_out"]) == 5
+    cli.main(["import", str(folder), str(tmp_path / "checkpoint"), "--head=classification", "--labels=3", "--json"])
+    found = json.loads(capsys.readouterr().out)
+    assert found["head"] == "classification" and len(found["left_out"]) == 5
     kept = models.load(tmp_path / "checkpoint")
-    assert found["parameters"] == tree.size(kept.params)
+    assert found["parameters"] == tree.size(kept.params) and kept.card["huggingface"]["dtype"] == "float32"
     equal_trees(kept.params, huggingface.load(folder, head="classification", labels=3).params)
     written = huggingface.export_model(tmp_path / "checkpoint", tmp_path / "out", dtype="bfloat16")
     assert written["architecture"] == "BertForSequenceClassification" and written["dtype"] == "bfloat16"
