@@ -1,6 +1,7 @@
 """The verbs of `python -m llm_jax VERB`: each reads its arguments, calls one function and prints."""
 
 import argparse
+import dataclasses
 import json
 import sys
 from collections.abc import Callable, Sequence
@@ -259,6 +260,27 @@ def _export(arguments: Sequence[str]) -> None:
     _print(found, "\n".join(f"{name:14} {x}" for name, x in found.items()), options.json)
 
 
+def _cost(arguments: Sequence[str]) -> None:
+    """What a change of sizes saves: parameters, operations and measured time of a forward pass of two models."""
+    parser = _parser("cost", _cost, "python -m llm_jax cost runs/snippets_minilm runs/distilbert_reviews")
+    parser.add_argument("before", help="a model: a checkpoint, a run's folder, a Hugging Face directory or a GGUF file")
+    parser.add_argument("after", help="another")
+    parser.add_argument("--rows", type=int, default=8, help="of the batch, 8 by default")
+    parser.add_argument("--length", type=int, default=64, help="tokens of a row, 64 by default")
+    options = parser.parse_args(arguments)
+    from llm_jax import cost, model
+
+    for name in ("rows", "length"):
+        if getattr(options, name) < 1:
+            raise UserError(f"--{name} is {getattr(options, name)}: it must be at least 1")
+    a, b = model.load(options.before), model.load(options.after)
+    for each in (a, b):
+        if each.config.positions == "learned" and options.length > each.config.max_length:
+            raise UserError(f"--length is {options.length}, but a row of {each} has at most {each.config.max_length}")
+    found = cost.compare(a.config, b.config, (options.rows, options.length), a.params, b.params)
+    _print({**dataclasses.asdict(found), "speedup": found.speedup}, str(found), options.json)
+
+
 def _show(arguments: Sequence[str]) -> None:
     """The card of a checkpoint: where it came from, what it is, how good it was."""
     parser = _parser("show", _show, "python -m llm_jax show runs/quickstart")
@@ -299,5 +321,6 @@ VERBS: dict[str, Callable[[Sequence[str]], None]] = {
     "merge": _merge,
     "import": _import,
     "export": _export,
+    "cost": _cost,
     "show": _show,
 }

@@ -296,5 +296,8 @@ def assemble(
 def describe(parts: Parts) -> str:
     """What is about to happen: parameters and mesh."""
     count = tree.size(parts.abstract.params)
+    assert parts.run.model is not None
+    before = tree.size(transformer.shapes(parts.run.model))
+    was = f", {before / 1e6:.2f}M before the transforms," if count != before else ""
     mesh = ", ".join(f"{axis}={n}" for axis, n in parts.mesh.shape.items() if n > 1) or "one device"
-    return f"{count / 1e6:.2f}M parameters on {mesh} ({jax.devices()[0].device_kind})"
+    return f"{count / 1e6:.2f}M parameters{was} on {mesh} ({jax.devices()[0].device_kind})"

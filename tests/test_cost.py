@@ -1,10 +1,12 @@
 """What a smaller model saves, and that zeros save nothing."""
 
+import json
+
 import jax
 import jax.numpy as jnp
 import pytest
 
-from llm_jax import cost, flops, tree
+from llm_jax import cli, cost, flops, model, tree
 from llm_jax.models import transformer
 from tests.families import FAMILIES, tiny_model
 
@@ -40,3 +42,18 @@ def test_two_streams_and_images(name: str):
     config = FAMILIES[name]
     found = cost.compare(config, config.replace(mlp_dim=8), (2, 10))
     assert found.after.flops < found.before.flops and found.after.seconds > 0
+
+
+def test_the_command(tmp_path, capsys):
+    sizes = FAMILIES["bert"]
+    for name, config in (("big", sizes), ("small", sizes.replace(mlp_dim=12))):
+        model.save(model.Model(config, transformer.init(config, jax.random.key(0))), tmp_path / name)
+    both = [str(tmp_path / "big"), str(tmp_path / "small")]
+    assert cli.main(["cost", *both, "--length=16", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["before"]["parameters"] - found["after"]["parameters"] == 2 * 12 * (2 * 16 + 1)  # of two layers
+    assert found["speedup"] == found["before"]["seconds"] / found["after"]["seconds"] and not found["same_shapes"]
+    assert cli.main(["cost", *both, "--length=64"]) == 2
+    assert "--length is 64, but a row of Model(encoder, " in capsys.readouterr().err
+    assert cli.main(["cost", both[0], both[0], "--length=16"]) == 0
+    assert "no speed-up is to be expected" in capsys.readouterr().out
