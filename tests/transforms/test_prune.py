@@ -733,7 +733,7 @@ def test_what_is_refused(arguments, message):
         (prune(score="wanda"), "prune: score 'wanda' looks at rows of data: it needs aux=Calibration(batches, loss)"),
         (keep_zeros(["decoder/layers/mlp/upp"]), "keep_zeros 'decoder/layers/mlp/upp' matches no parameter"),
     ],
-    ids=str,
+    ids=lambda x: x.label if isinstance(x, Transform) else x,
 )
 def test_what_is_refused_of_a_model(problem, change, message):
     with pytest.raises(ConfigError) as error:

@@ -1,0 +1,92 @@
+"""Claims: four fifths of an encoder's weights go on a schedule at one point of accuracy at most, fewer than at once, and stay gone.
+
+    pip install -e .
+    python -m benchmarks.prune_schedule [--seeds 0 1 2]
+
+The start is configs/snippets_minilm.py; on a schedule it is configs/prune_magnitude.py; at once it is the same run, as long, with the weights
+gone before its first step. Then the pruned model is fine-tuned further, stopped and started again on the way, and exported: the zeros are counted.
+"""
+
+import argparse
+import dataclasses
+import re
+import statistics
+import tempfile
+from pathlib import Path
+
+import jax
+import numpy as np
+from safetensors.numpy import load_file
+
+from benchmarks import arms
+from benchmarks.common import write
+from llm_jax import model, tree
+from llm_jax.interop import huggingface
+from llm_jax.loop import train
+from llm_jax.transforms import prune
+from llm_jax.transforms.prune import TARGETS
+
+SPARSITY = 0.8
+LAYERS = r"(bert\.)?encoder\.layer\.\d+\..*(query|key|value|dense)\.weight"
+"""The same matrices in an export"""
+
+
+def zeros(weights: dict[str, np.ndarray], regexes: tuple[str, ...]) -> tuple[int, int]:
+    """How many of the weights whose names match are 0, and how many there are."""
+    chosen = [np.asarray(x) for name, x in weights.items() if any(re.fullmatch(regex, name) for regex in regexes)]
+    return sum(int((x == 0).sum()) for x in chosen), sum(x.size for x in chosen)
+
+
+def of_model(folder: str) -> tuple[int, int]:
+    """Zeros of a run's or a checkpoint's targets."""
+    params = model.load(folder).params
+    return zeros(dict(zip(tree.names(params), map(np.asarray, jax.tree.leaves(params)))), TARGETS)
+
+
+def afterwards(folder: str) -> dict[str, tuple[int, int]]:
+    """Zeros and weights after the run, after a further one, after that one was stopped and started again, and in an export."""
+    with tempfile.TemporaryDirectory() as temporary:
+        further = arms.load("snippets_minilm", start=folder, transforms=(), epochs=0.0, workdir=f"{temporary}/further")
+        found = {"run": of_model(folder)}
+        for name, steps in (("further", 40), ("restarted", 80)):
+            train(dataclasses.replace(further, steps=steps))
+            found[name] = of_model(further.workdir)
+        out = Path(temporary) / "export"
+        huggingface.export_model(further.workdir, out)
+        found["export"] = zeros(load_file(out / "model.safetensors"), (LAYERS,))
+    return found
+
+
+def main():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    seeds = parser.parse_args().seeds
+    dense = arms.teacher()["eval"]["accuracy"]
+    gradual = arms.arm("prune_schedule", arms.load("prune_magnitude"), seeds)
+    once = arms.arm("prune_once", arms.load("prune_magnitude", transforms=(prune(SPARSITY),)), seeds)
+    values = gradual["eval"]["accuracy"]["values"]
+    lost = [dense - x for x in values]
+    gain = [a - b for a, b in zip(values, once["eval"]["accuracy"]["values"])]
+    counted = afterwards(gradual["folders"][0])
+    exact = all(x == counted["run"] for x in counted.values())
+    share = counted["run"][0] / counted["run"][1]
+    detail = {"dense": dense, "schedule": gradual["eval"], "once": once["eval"]}
+    cost, better = statistics.fmean(lost), statistics.fmean(gain)
+    write(
+        "prune_schedule",
+        [
+            arms.claim("accuracy lost with 80% of the layers' weights", cost, 0.01, cost <= 0.01, lost, **detail),
+            arms.claim("accuracy above pruning at once, as long a run", better, 0.0, better > 0, gain),
+            arms.claim(
+                "sparsity, the same after a further run, a restart and an export",
+                share,
+                SPARSITY,
+                exact and abs(share - SPARSITY) < 1e-4,
+                zeros=counted,
+            ),
+        ],
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,113 @@
+"""Claims: pruning adds 2% to a step at most; a step of distillation costs at most 1.15 of the teacher's forward pass and the student's step.
+
+    pip install -e .
+    python -m benchmarks.transform_cost [--repeats 9]
+
+MiniLM (22.7M parameters) and half of it, 4 rows of 64 tokens, AdamW. The steps take turns in one process; medians of the ratios of each turn. That
+the memory of distillation does not grow with tokens x vocabulary is tested in tests/transforms/test_distil.py. Wants a machine without other work.
+"""
+
+import argparse
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from benchmarks import arms
+from benchmarks.common import write
+from llm_jax import parts as run_parts
+from llm_jax.models import transformer
+from llm_jax.platform import compiler_options, setup
+from llm_jax.transforms import distil, new_head, prune, shrink
+
+STEPS = 20
+"""Steps a turn"""
+
+
+def steps_of(name: str, folder: Path, transforms: tuple[Any, ...]) -> Callable[[], float]:
+    """Seconds of a step of the run with these transforms, over `STEPS` of them."""
+    run = arms.load("snippets_minilm", transforms=transforms, workdir=str(folder / name), epochs=0.0, steps=100_000)
+    parts = run_parts.build(run)
+    state, _ = parts.init()
+    batch = next(parts.train).batch
+    batch = jax.device_put(batch)
+    held = {"state": state}
+    parts.close()
+
+    def turn() -> float:
+        begin = time.perf_counter()
+        for _ in range(STEPS):
+            held["state"], metrics = parts.step(held["state"], batch)
+        jax.block_until_ready((held["state"].params, metrics))
+        return (time.perf_counter() - begin) / STEPS
+
+    turn()
+    return turn
+
+
+def forward(folder: Path) -> Callable[[], float]:
+    """Seconds of a forward pass of the teacher over the same rows."""
+    run = arms.load("snippets_minilm", workdir=str(folder / "forward"))
+    parts = run_parts.build(run)
+    params = parts.init()[0].params
+    batch = jax.device_put(next(parts.train).batch)
+    parts.close()
+    read = jax.jit(
+        lambda params, batch: transformer.apply(parts.model, params, batch, hidden_states=True),
+        compiler_options=compiler_options(),
+    )
+
+    def turn() -> float:
+        begin = time.perf_counter()
+        for _ in range(STEPS):
+            out = read(params, batch)
+        jax.block_until_ready(out)
+        return (time.perf_counter() - begin) / STEPS
+
+    turn()
+    return turn
+
+
+def main():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--repeats", type=int, default=9)
+    repeats = parser.parse_args().repeats
+    setup()
+    head, half = new_head("classification", labels=2), shrink(layers=(0, 2, 4))
+    teacher = arms.FOLDER.parent / "snippets_minilm"
+    taught = distil(str(teacher), temperature=2.0, soft=0.5, task=0.5, cosine=0.5)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        turns = {
+            "plain": steps_of("plain", folder, (head,)),
+            "pruned": steps_of("pruned", folder, (head, prune(0.8))),
+            "schedule": steps_of("schedule", folder, (head, prune(0.8, schedule=(0, 50_000, 100)))),
+            "student": steps_of("student", folder, (head, half)),
+            "distil": steps_of("distil", folder, (head, half, taught)),
+            "teacher": forward(folder),
+        }
+        times: dict[str, list[float]] = {name: [] for name in turns}
+        for i in range(repeats):
+            for name in list(turns)[:: 1 if i % 2 else -1]:
+                times[name].append(turns[name]())
+    print({name: f"{statistics.median(x) * 1e3:.1f} ms" for name, x in times.items()}, flush=True)
+    kept = [a / b for a, b in zip(times["pruned"], times["plain"])]
+    gradual = [a / b for a, b in zip(times["schedule"], times["plain"])]
+    both = [a / (b + c) for a, b, c in zip(times["distil"], times["student"], times["teacher"])]
+    values = [statistics.median(x) for x in (kept, gradual, both)]
+    write(
+        "transform_cost",
+        [
+            arms.claim("a step that keeps pruned weights over a plain one", values[0], 1.02, values[0] <= 1.02, kept),
+            arms.claim("a step of pruning on a schedule", values[1], 1.02, values[1] <= 1.02, gradual, times=times),
+            arms.claim("a distillation step over forward and step", values[2], 1.15, values[2] <= 1.15, both),
+        ],
+    )
+
+
+if __name__ == "__main__":
+    main()
