@@ -4,6 +4,7 @@ The loop knows no task, no transform and no optimizer: they come as functions (`
 alone: keys are folded from it, and the place in the data is saved beside the weights.
 """
 
+import functools
 import json
 import logging
 import time
@@ -98,11 +99,16 @@ def _check_continues(parts: Parts, card: cards.Card) -> None:
         check_fingerprint(card["sources"], parts.train.fingerprint())
 
 
-def _kept(state: step.TrainState) -> tuple[Any, dict[str, Any]]:
-    """What a checkpoint holds: the weights to evaluate, and the rest, with the trained weights where they are others."""
-    params = optim.eval_params(state.opt_state, state.params)
+def _kept(state: step.TrainState, extra: tuple[str, ...]) -> tuple[Any, dict[str, Any]]:
+    """What a checkpoint holds: the model's weights to evaluate, and the rest, with the trained weights where they are others."""
+    params = _of_model(optim.eval_params(state.opt_state, state.params), extra)
     left = ("reference", "params") if params is state.params else ("reference",)
     return params, {name: x for name, x in state._asdict().items() if name not in left}
+
+
+def _of_model(params: Any, extra: tuple[str, ...]) -> Any:
+    """The params without what was trained beside the model."""
+    return {name: x for name, x in params.items() if name not in extra} if extra else params
 
 
 class _Session:
@@ -129,10 +135,10 @@ class _Session:
     def _begin(self) -> step.TrainState:
         """The state of the newest checkpoint with all that belongs to it, else a fresh one."""
         parts = self.parts
-        params, rest = jax.eval_shape(_kept, parts.abstract)
+        params, rest = jax.eval_shape(functools.partial(_kept, extra=parts.extra), parts.abstract)
         placed = parts.shardings._asdict()
         found = self.saved.restore(
-            checkpoint.abstract_like(params, placed["params"]),
+            checkpoint.abstract_like(params, _of_model(placed["params"], parts.extra)),
             {name: checkpoint.abstract_like(x, placed[name]) for name, x in rest.items()},
             lambda card: _check_continues(parts, card),
         )
@@ -265,7 +271,9 @@ class _Session:
 
     def weights(self) -> Any:
         """The weights to evaluate: those of the best checkpoint at the end of a run with patience, else the averaged ones where there are such."""
-        return self.final if self.final is not None else optim.eval_params(self.state.opt_state, self.state.params)
+        if self.final is not None:
+            return self.final
+        return _of_model(optim.eval_params(self.state.opt_state, self.state.params), self.parts.extra)
 
     def measure(self, batches: int) -> dict[str, float]:
         """Held-out figures; of a task that judges each example also its judgement."""
@@ -322,8 +330,8 @@ class _Session:
             return
         if at != self.at:
             self.metrics.say(f"{self.run.checkpoint.best} was best at step {at}: the run ends with those weights")
-        params, _ = jax.eval_shape(_kept, self.parts.abstract)
-        abstract = checkpoint.abstract_like(params, self.parts.shardings.params)
+        params, _ = jax.eval_shape(functools.partial(_kept, extra=self.parts.extra), self.parts.abstract)
+        abstract = checkpoint.abstract_like(params, _of_model(self.parts.shardings.params, self.parts.extra))
         self.final, _, _ = checkpoint.load_params(self.saved.root / str(at), abstract)
         self.results = {"step": at, **self.measure(0)}
         self.say_found()
@@ -335,7 +343,7 @@ class _Session:
             NonFiniteError: the weights are not finite, or the run ends on skipped updates.
         """
         self.flush()
-        params, rest = _kept(self.state)
+        params, rest = _kept(self.state, self.parts.extra)
         skipped = int(self.state.skipped_in_a_row)
         if skipped and self.at < self.run.steps:
             log.warning("step %d is not saved: its update and %d before it were skipped", self.at, skipped - 1)

@@ -53,6 +53,8 @@ class Parts:
     shardings: step.TrainState
     card: Callable[[Any], Card]
     """params -> what the card states of them"""
+    extra: tuple[str, ...]
+    """names at the top of the params that are trained beside the model's and are no part of it"""
     step: Callable[..., Any]
     """(state, batch) -> (state, metrics), jitted; the state is donated"""
     eval_step: Callable[..., Any]
@@ -224,6 +226,12 @@ def assemble(
     assert began is not None
     model = change.config(began)
     shapes, axes = transformer.shapes(model), transformer.axes(model)
+    beside = jax.eval_shape(lambda key: change.extra(model, key), jax.random.key(0))
+    if taken := sorted(shapes.keys() & beside.keys()):
+        raise ConfigError(
+            f"a transform trains weights called {taken[0]!r} beside the model's, which has some of that name"
+        )
+    shapes, axes = {**shapes, **beside}, {**axes, **jax.tree.map(lambda x: (None,) * x.ndim, beside)}
     schedule = jax.jit(optim.make_schedule(run.schedule, run.steps))
     optimizer = change.update(optim.make_optimizer(run.optimizer, schedule, shapes, axes))
     loss = change.loss(run.task.loss(model))
@@ -234,14 +242,15 @@ def assemble(
     def init(key: Any, started: Any, aux: Any) -> step.TrainState:
         first, second, third = jax.random.split(key, 3)
         params = transformer.init(began, first) if started is None else started
-        return step.init_state(change.params(began, params, second, aux), optimizer, third)
+        params = {**change.params(began, params, second, aux), **change.extra(model, jax.random.fold_in(second, 1))}
+        return step.init_state(params, optimizer, third)
 
     key = jax.random.key(run.seed)
     begin = None if run.start == "fresh" else models.abstract_params(began, mesh)
     abstract = jax.eval_shape(init, key, begin, aux)
     placed = sharding.state_shardings(mesh, abstract, sharding.params_shardings(mesh, axes, shapes))
-    beside, weights = _references(change, mesh)
-    complete = placed._replace(reference=jax.tree.map(lambda x: x.sharding, beside))
+    read, weights = _references(change, mesh)
+    complete = placed._replace(reference=jax.tree.map(lambda x: x.sharding, read))
 
     # What runs once need not be fast: on CPU that cuts its compilation, as long as that of the step, to a quarter. The values are the same.
     quick = {"xla_backend_optimization_level": 1} if jax.default_backend() == "cpu" else None
@@ -285,9 +294,10 @@ def assemble(
         schedule,
         reference,
         start,
-        abstract._replace(reference=beside),
+        abstract._replace(reference=read),
         complete,
         change.card,
+        tuple(beside),
         update,
         evaluate.make_eval_step(judged, judge),
     )
@@ -295,7 +305,7 @@ def assemble(
 
 def describe(parts: Parts) -> str:
     """What is about to happen: parameters and mesh."""
-    count = tree.size(parts.abstract.params)
+    count = tree.size(transformer.shapes(parts.model))
     assert parts.run.model is not None
     before = tree.size(transformer.shapes(parts.run.model))
     was = f", {before / 1e6:.2f}M before the transforms," if count != before else ""

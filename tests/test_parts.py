@@ -17,7 +17,7 @@ from llm_jax.errors import CheckpointError, ConfigError
 from llm_jax.models import transformer
 from llm_jax.models.config import ModelConfig
 from llm_jax.tasks import NextToken
-from llm_jax.transforms import Calibration, Transform, chain
+from llm_jax.transforms import Calibration, Transform, chain, distil
 
 SIZES = ModelConfig(vocab_size=512, max_length=16, layers=1, dim=16, heads=2)
 
@@ -121,3 +121,36 @@ def test_a_change_looks_at_rows_of_the_training_data(corpus, tmp_path):
     assert (
         np.ptp(table) == 0 and 5.5 < table[0, 0] < 7.5
     )  # the loss of a model that knows nothing of 512 tokens: log 512 is 6.2
+
+
+@pytest.mark.parametrize("mesh", [{}, {"fsdp": 4, "tensor": 2}])
+def test_what_is_trained_beside_the_model_is_no_part_of_it(corpus, other, tmp_path, mesh):
+    """Projections of a narrower student: sharded, moved by the optimizer, kept for a resume, left out of the model."""
+    change = distil(str(other), soft=0.0, hidden=1.0, projected=True)
+    run = run_of(
+        corpus,
+        tmp_path / "run",
+        model=SIZES.replace(dim=8, layers=1),
+        transforms=(change,),
+        mesh=dataclasses.replace(Run.mesh, **mesh),
+        optimizer=Optimizer(name="muon", learning_rate=1e-2, moving_average=0.9),
+    )
+    loop.train(run)
+    whole = losses(tmp_path / "run")
+    made = model.load(tmp_path / "run")
+    assert jax.tree.structure(made.params) == jax.tree.structure(transformer.shapes(made.config))
+    shutil.copytree(tmp_path / "run" / "checkpoints" / "3", tmp_path / "again" / "checkpoints" / "3")
+    loop.train(dataclasses.replace(run, workdir=str(tmp_path / "again")))
+    assert losses(tmp_path / "again") == whole[3:]
+    jax.tree.map(np.testing.assert_array_equal, model.load(tmp_path / "again").params, made.params)
+    held = loop.train(dataclasses.replace(run, workdir=str(tmp_path / "held"), optimizer=Optimizer(freeze=("proj.*",))))
+    assert held["eval"]["loss"] > 0
+
+
+def test_two_that_train_weights_of_one_name_are_refused(corpus, other, tmp_path):
+    change = distil(str(other), soft=0.0, hidden=1.0, projected=True)
+    with pytest.raises(ConfigError, match="two transforms train weights called 'projections' beside the model's"):
+        loop.train(run_of(corpus, tmp_path / "run", transforms=(change, change)))
+    clash = Transform(extra=lambda config, key: {"embed": jnp.zeros(2)})
+    with pytest.raises(ConfigError, match="weights called 'embed' beside the model's, which has some of that name"):
+        loop.train(run_of(corpus, tmp_path / "run", transforms=(clash,)))

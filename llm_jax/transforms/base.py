@@ -22,6 +22,10 @@ class _ParamsChange(Protocol):
     def __call__(self, config: ModelConfig, params: Params, key: Array, aux: Any, /) -> Params: ...
 
 
+class _Extra(Protocol):
+    def __call__(self, config: ModelConfig, key: Array, /) -> Params: ...
+
+
 class _LossChange(Protocol):
     def __call__(self, loss: LossFn, /) -> LossFn: ...
 
@@ -66,6 +70,9 @@ class Transform(NamedTuple):
     """updates that it needs to come to its end; a shorter run is refused"""
     card: Callable[[Params], dict[str, Any]] = lambda params: {}
     """what the card of the model states of its weights, such as which are pruned"""
+    extra: _Extra = lambda config, key: {}
+    """weights, by a name of their own at the top of the tree, that the loss reads and that are trained with the model's, of the sizes after
+    all changes; they are whole on every device, are kept where a stopped run goes on, and are no part of the model that a run leaves"""
 
 
 IDENTITY = Transform(label="identity")
@@ -115,5 +122,15 @@ def chain(*transforms: Transform) -> Transform:
                 stated[name] = {**stated.get(name, {}), **entry} if isinstance(entry, dict) else entry
         return stated
 
+    def extra(sizes: ModelConfig, key: Array) -> Params:
+        """The last argument is the config after the whole chain."""
+        found: Params = {}
+        for transform in transforms:
+            made = transform.extra(sizes, key)
+            if both := sorted(found.keys() & made.keys()):
+                raise ConfigError(f"two transforms train weights called {both[0]!r} beside the model's")
+            found |= made
+        return found
+
     functions = (config, params, wrap("loss"), wrap("grad"), wrap("update"))
-    return Transform(*functions, label, reference, calibration, steps, card)
+    return Transform(*functions, label, reference, calibration, steps, card, extra)

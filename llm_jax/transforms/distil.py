@@ -4,6 +4,7 @@ The teacher is an argument of the step (`reference["teacher"]`), runs without dr
 serves the task's loss and these terms alike. Divergences over the vocabulary stand in `divergences.py`.
 """
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,10 +20,14 @@ from llm_jax.losses import Loss, LossFn
 from llm_jax.models import transformer
 from llm_jax.models.config import ModelConfig
 from llm_jax.models.heads import Outputs
+from llm_jax.models.transformer import Params
 from llm_jax.transforms.base import IDENTITY, Transform
 
 EPSILON = 1e-12
 """Squared length below which a vector has no direction"""
+
+PROJECTIONS = "projections"
+"""The name of the matrices, (pairs, D_student, D_teacher), that are trained beside a student"""
 
 
 def distil(
@@ -37,6 +42,7 @@ def distil(
     hidden: float = 0.0,
     attention: float = 0.0,
     layers: Sequence[tuple[int, int]] = (),
+    projected: bool = False,
 ) -> Transform:
     """task * the task's loss + soft * T^2 divergence + cosine * (1 - cos) + hidden * its distance + attention * its distance.
 
@@ -52,12 +58,14 @@ def distil(
         soft: factor of the divergence.
         task: factor of the task's own loss.
         cosine: factor of 1 - cos of the states after the last layers (DistilBERT; Sanh et al. 2019, section 2).
-        hidden: factor of the mean squared difference of states (TinyBERT; Jiao et al. 2019, eq. 8, without its projection); between models
-            of different width that of the cosines between the tokens of an example, which need none (Tung and Mori 2019, eq. 4).
+        hidden: factor of the mean squared difference of states (TinyBERT; Jiao et al. 2019, eq. 8); between models of different width,
+            unless `projected`, that of the cosines between the tokens of an example, which need no projection (Tung and Mori 2019, eq. 4).
         attention: factor of the squared distance of the distributions over keys, a mean over heads; of the heads' mean distributions where
             their numbers differ (TinyBERT, eq. 7, on weights).
         layers: pairs (student's layer, teacher's layer), counted from 0, for `hidden` and `attention`, which are means over them; empty to
             spread the student's layers evenly over the teacher's.
+        projected: `hidden` compares the student's states times a matrix (D_student, D_teacher), one for each pair of layers, that is trained with
+            the student and is no part of it (TinyBERT, eq. 8). It starts as an identity between equal widths, else normal with variance 1/D.
 
     Raises:
         ConfigError: a factor below 0 or nothing to minimise, or, when the loss is traced, models that do not go together.
@@ -72,6 +80,8 @@ def distil(
     pairs = tuple((int(a), int(b)) for a, b in layers)
     if pairs and not hidden and not attention:
         raise ConfigError("distil: layers go with hidden or attention, and both are 0")
+    if projected and not hidden:
+        raise ConfigError("distil: projected goes with hidden, which is 0")
 
     wanted = (["hidden_states"] if cosine or hidden else []) + (["attentions"] if attention else [])
 
@@ -90,12 +100,22 @@ def distil(
                 terms["soft"] = _soft(rule, own, said, weights, temperature)
             if wanted:
                 tokens = _Tokens(batch, own, weights)
-                terms |= _states(tokens, own, said, bool(cosine), bool(hidden), bool(attention), pairs)
+                matrices = params[PROJECTIONS] if projected else None
+                terms |= _states(tokens, own, said, bool(cosine), bool(hidden), bool(attention), pairs, matrices)
             return _add(found, task, factors, terms)
 
         return added
 
-    return Transform(loss=loss, label=_label("distil", distil, given), reference={"teacher": teacher})
+    def extra(config: ModelConfig, key: Array) -> Params:
+        sizes = _sizes(teacher)
+        count = len(pairs) or (config.decoder_depth or config.layers)
+        shape = (count, config.dim, sizes.dim)
+        if config.dim == sizes.dim:
+            return {PROJECTIONS: jnp.broadcast_to(jnp.eye(config.dim), shape)}
+        return {PROJECTIONS: jax.random.normal(key, shape) / math.sqrt(config.dim)}
+
+    change = Transform(loss=loss, label=_label("distil", distil, given), reference={"teacher": teacher})
+    return change._replace(extra=extra) if projected else change
 
 
 def cached(
@@ -241,6 +261,7 @@ def _states(
     hidden: bool,
     attention: bool,
     pairs: tuple[tuple[int, int], ...],
+    matrices: Float[Array, "P D E"] | None = None,
 ) -> dict[str, Array]:
     """The terms that compare states and attention.
 
@@ -256,8 +277,13 @@ def _states(
         found["cosine"] = tokens.sum(1 - jnp.sum(_unit(a[-1]) * _unit(b[-1]), axis=-1))
     if hidden:
         assert a is not None and b is not None
-        compare = _squared if a.shape[-1] == b.shape[-1] else _relations
-        each = [compare(a[i], b[j], tokens.segments) for i, j in _pairs(pairs, a.shape[0], b.shape[0])]
+        mapped = _pairs(pairs, a.shape[0], b.shape[0])
+        if matrices is not None:
+            each = [_squared(a[i] @ matrix.astype(a.dtype), b[j]) for (i, j), matrix in zip(mapped, matrices)]
+        elif a.shape[-1] == b.shape[-1]:
+            each = [_squared(a[i], b[j]) for i, j in mapped]
+        else:
+            each = [_relations(a[i], b[j], tokens.segments) for i, j in mapped]
         found["hidden"] = tokens.sum(jnp.mean(jnp.stack(each), axis=0))
     if attention:
         a, b = student.attentions, teacher.attentions
@@ -283,7 +309,7 @@ def _unit(x: Float[Array, "... D"]) -> Float[Array, "... D"]:
     return x * jax.lax.rsqrt(jnp.maximum(jnp.sum(jnp.square(x), axis=-1, keepdims=True), EPSILON))
 
 
-def _squared(a: Float[Array, "B S D"], b: Float[Array, "B S D"], segments: Int[Array, "B S"]) -> Float[Array, "B S"]:
+def _squared(a: Float[Array, "B S D"], b: Float[Array, "B S D"]) -> Float[Array, "B S"]:
     """The mean over D of (a - b)^2."""
     return jnp.mean(jnp.square(a.astype(jnp.float32) - b.astype(jnp.float32)), axis=-1)
 

@@ -272,6 +272,25 @@ def test_models_of_other_width_are_compared_by_their_relations(problem, wide):
         found(distil(wide, cosine=1.0), problem, wide)
 
 
+def test_states_of_other_width_through_a_projection(problem, wide):
+    change = distil(wide, soft=0.0, hidden=1.0, projected=True, layers=((0, 2), (1, 0)))
+    extra = change.extra(problem.config, jax.random.key(1))
+    (matrices,) = extra.values()
+    assert matrices.shape == (2, problem.config.dim, WIDE.dim)
+    assert np.asarray(matrices).var() == pytest.approx(1 / problem.config.dim, rel=0.2)
+    got, gradient = found(change, problem._replace(params={**problem.params, **extra}), wide)
+    own, said = (states(c, p, problem.batch) for c, p in ((problem.config, problem.params), (WIDE, wide.params)))
+    a, b, w = (np.float64(x) for x in (own.hidden_states, said.hidden_states, matrices))
+    squared = (((a[0] @ w[0] - b[2]) ** 2).mean(-1) + ((a[1] @ w[1] - b[0]) ** 2).mean(-1)) / 2
+    expected = (squared.mean(axis=1) * problem.batch["weights"].sum(axis=1)).sum()
+    np.testing.assert_allclose(got.metrics["hidden"], expected, rtol=1e-5)
+    assert all(np.abs(g).max() > 0 for g in gradient["projections"])
+    same = distil(wide, hidden=1.0, projected=True).extra(WIDE, jax.random.key(1))["projections"]
+    np.testing.assert_array_equal(same, np.broadcast_to(np.eye(WIDE.dim), (WIDE.layers, WIDE.dim, WIDE.dim)))
+    with pytest.raises(ConfigError, match="projected goes with hidden, which is 0"):
+        distil(wide, projected=True)
+
+
 def test_heads_of_other_number_are_averaged(problem):
     a, b = (softmax(drawn(2, h, 3, 5)) for h in (4, 2))
     np.testing.assert_allclose(attention_distance(a, b), ((a.mean(1) - b.mean(1)) ** 2).sum(-1), rtol=1e-5)
