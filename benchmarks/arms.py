@@ -30,7 +30,7 @@ def teacher(name: str = "snippets_minilm") -> dict[str, Any]:
 def arm(name: str, run: config.Run, seeds: list[int]) -> dict[str, Any]:
     """The run for these seeds: mean, spread and values of each held-out figure, seconds and folders."""
     print(f"== {name}, seeds {seeds}", flush=True)
-    found = sweep(dataclasses.replace(run, name=name, workdir=str(FOLDER / name)), seeds)
+    found = sweep(dataclasses.replace(run, workdir=str(FOLDER / name)), seeds)
     print({key: x["values"] for key, x in found["eval"].items()}, flush=True)
     return found
 
