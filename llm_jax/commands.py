@@ -281,6 +281,28 @@ def _cost(arguments: Sequence[str]) -> None:
     _print({**dataclasses.asdict(found), "speedup": found.speedup}, str(found), options.json)
 
 
+def _cache(arguments: Sequence[str]) -> None:
+    """Write what a teacher finds most probable in every row that a config's run will train on, for `cached(...)`."""
+    example = "python -m llm_jax cache --config=configs/quickstart.py --teacher=runs/sotu --out=caches/sotu --k=32"
+    parser = _parser("cache", _cache, example)
+    parser.add_argument("--teacher", required=True, help="a model with a head over the run's vocabulary")
+    parser.add_argument("--out", required=True, help="the folder to write; must hold no cache yet")
+    parser.add_argument("--k", type=int, default=32, help="tokens kept at each place, 32 by default")
+    parser.add_argument("--temperature", type=float, default=1.0, help="by which logits are divided, 1 by default")
+    parser.epilog = f"{parser.epilog}\n\n--config=FILE and --config.KEY=VALUE are those of train.py."
+    told = [a for a in arguments if a.startswith("--config")]
+    options = parser.parse_args([a for a in arguments if not a.startswith("--config")])
+    from llm_jax import config, teachers
+
+    header = teachers.cache(config.parse(told), options.teacher, options.out, options.k, options.temperature)
+    found = teachers.describe(header, options.out)
+    text = (
+        f"{found['rows']} rows, {found['k']} tokens at each place, {found['mass']:.2%} of the teacher's probability, "
+        f"{found['bytes'] / 1e6:.1f} MB\ncache: {found['path']}"
+    )
+    _print(found, text, options.json)
+
+
 def _show(arguments: Sequence[str]) -> None:
     """The card of a checkpoint: where it came from, what it is, how good it was."""
     parser = _parser("show", _show, "python -m llm_jax show runs/quickstart")
@@ -322,5 +344,6 @@ VERBS: dict[str, Callable[[Sequence[str]], None]] = {
     "import": _import,
     "export": _export,
     "cost": _cost,
+    "cache": _cache,
     "show": _show,
 }

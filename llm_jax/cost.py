@@ -3,7 +3,7 @@
 import dataclasses
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -18,6 +18,13 @@ from llm_jax.models.transformer import Params
 
 REPEATS = 9
 """Forward passes timed of each model"""
+MEASURED = 500_000_000
+"""Parameters of two models up to which a run times them"""
+SIZES = ("layers", "decoder_depth", "dim", "heads", "kv_heads", "head_size", "mlp_size", "vocab_size")
+"""What decides a model's cost"""
+HEADER = f"{'':<24}{'before':>12}{'after':>12}{'after/before':>14}"
+WORK = "forward, GFLOP"
+NO_SPEED_UP = "a dense product multiplies zeros too, so no speed-up is to be expected"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,10 +61,10 @@ class Comparison:
     def __str__(self) -> str:
         a, b = self.before, self.after
         lines = [
-            f"{'':<24}{'before':>12}{'after':>12}{'after/before':>14}",
+            HEADER,
             _row("parameters, M", a.parameters / 1e6, b.parameters / 1e6),
             _row("of them 0, M", a.zeros / 1e6, b.zeros / 1e6),
-            _row("forward, GFLOP", a.flops / 1e9, b.flops / 1e9),
+            _row(WORK, a.flops / 1e9, b.flops / 1e9),
             _row("forward, ms (measured)", a.seconds * 1e3, b.seconds * 1e3),
             f"medians of {REPEATS} passes over {self.batch_shape[0]} rows of {self.batch_shape[1]} tokens on {self.device}; quartiles "
             + " and ".join(f"{c.spread[0] * 1e3:.3g} to {c.spread[1] * 1e3:.3g} ms" for c in (a, b)),
@@ -65,7 +72,7 @@ class Comparison:
         if self.same_shapes:
             lines.append(
                 f"The shapes are equal, and {b.zeros / b.parameters:.1%} of the weights after are 0 ({a.zeros / a.parameters:.1%} before): "
-                "a dense product multiplies zeros too, so no speed-up is to be expected."
+                f"{NO_SPEED_UP}."
             )
         return "\n".join(lines)
 
@@ -110,6 +117,25 @@ def compare(
     kinds = [jax.tree.map(lambda x: (x.shape, x.dtype), params) for _, params, _ in models]
     shape = _shapes(before, batch_shape)["tokens"]
     return Comparison(costs[0], costs[1], shape, jax.devices()[0].device_kind, kinds[0] == kinds[1])
+
+
+def told(
+    before: ModelConfig, after: ModelConfig, batch_shape: tuple[int, int], pruned: Mapping[str, float], measure: bool
+) -> str:
+    """What a run says of its transforms before its first step: the table of `compare` where sizes change, that zeros save no time where weights
+    are pruned, else nothing.
+
+    Args:
+        pruned: the weights that a card names as pruned.
+        measure: whether passes are timed, on one device; models of over half a billion parameters together are not, since both are held at once.
+    """
+    if all(getattr(before, name) == getattr(after, name) for name in SIZES):
+        return f"pruned: {len(pruned)} weights; {NO_SPEED_UP}" if pruned else ""
+    counts = [tree.size(transformer.shapes(config)) for config in (before, after)]
+    if measure and sum(counts) <= MEASURED:
+        return str(compare(before, after, batch_shape))
+    work = [flops.forward_flops(config, _shapes(config, batch_shape)) for config in (before, after)]
+    return "\n".join([HEADER, _row("parameters, M", *(n / 1e6 for n in counts)), _row(WORK, *(n / 1e9 for n in work))])
 
 
 def _drawn(config: ModelConfig) -> Params:

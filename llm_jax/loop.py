@@ -22,7 +22,7 @@ from llm_jax.data.accounting import FIELDS, Accounting
 from llm_jax.data.pipeline import check_fingerprint
 from llm_jax.errors import CheckpointError, NonFiniteError, choose
 from llm_jax.metrics import rising
-from llm_jax.parts import Parts, build, describe
+from llm_jax.parts import Parts, build, cost_told, describe
 from llm_jax.platform import await_buffers, gather, release_freed_memory, setup
 from llm_jax.tasks.base import Judgement
 
@@ -170,6 +170,8 @@ class _Session:
             self.metrics.say(f"{show(run)}\n{describe(self.parts)}")
             if self.resumed:
                 self.metrics.say(f"resuming {run.folder} at step {self.start}")
+            elif self.lead and (said := cost_told(self.parts, self.state.params)):
+                self.metrics.say(said)
             while not self.ended:
                 self.one_step()
                 last = self.at == run.steps
@@ -206,7 +208,7 @@ class _Session:
         waited = time.perf_counter() - before
         self.accounting.add(rows.account)
         self.accounting.check(self.run.data.max_dropped)
-        batch = sharding.put(rows.batch, self.parts.mesh)
+        batch = sharding.put(self.parts.rows(rows.batch), self.parts.mesh)
         work = flops.train_flops(self.parts.model, {name: x.shape for name, x in batch.items()})
         await_buffers(self.state)
         self.state, metrics = self.parts.step(self.state, batch)

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import logging
 import math
 from collections.abc import Callable, Iterator
@@ -10,7 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from llm_jax import checkpoint, evaluate, optim, sharding, step, tree
+from llm_jax import checkpoint, cost, evaluate, optim, sharding, step, tree
 from llm_jax import model as models
 from llm_jax import transforms as tf
 from llm_jax.card import ORIGINS, Card, content_hash
@@ -53,6 +54,8 @@ class Parts:
     shardings: step.TrainState
     card: Callable[[Any], Card]
     """params -> what the card states of them"""
+    rows: Callable[[dict[str, np.ndarray]], dict[str, Any]]
+    """training rows -> the same with what the transforms add to them, on the host"""
     extra: tuple[str, ...]
     """names at the top of the params that are trained beside the model's and are no part of it"""
     step: Callable[..., Any]
@@ -297,10 +300,19 @@ def assemble(
         abstract._replace(reference=read),
         complete,
         change.card,
+        functools.partial(change.rows, fingerprint=train.fingerprint()),
         tuple(beside),
         update,
         evaluate.make_eval_step(judged, judge),
     )
+
+
+def cost_told(parts: Parts, params: Any) -> str:
+    """What the run's transforms save or cost, by `cost.told`; empty where they change no sizes and prune nothing."""
+    assert parts.run.model is not None
+    batch_shape = (parts.run.batch.size // parts.run.batch.accumulate, parts.run.batch.length)
+    pruned = parts.card(params).get("pruned", {})
+    return cost.told(parts.run.model, parts.model, batch_shape, pruned, measure=parts.mesh.size == 1)
 
 
 def describe(parts: Parts) -> str:

@@ -44,6 +44,22 @@ def test_two_streams_and_images(name: str):
     assert found.after.flops < found.before.flops and found.after.seconds > 0
 
 
+def test_what_a_run_says_of_it(monkeypatch):
+    before = FAMILIES["bert"]
+    after = before.replace(mlp_dim=8)
+    said = cost.told(before, after, (2, 8), {}, measure=True).splitlines()
+    assert [line.split(",")[0].strip() for line in said[1:5]] == ["parameters", "of them 0", "forward", "forward"]
+    assert "measured" not in cost.told(before, after, (2, 8), {}, measure=False)
+    monkeypatch.setattr(cost, "MEASURED", 10)
+    assert [line.split()[-1] for line in cost.told(before, after, (2, 8), {}, True).splitlines()[1:]] == [
+        f"{tree.size(transformer.shapes(after)) / tree.size(transformer.shapes(before)):.3f}",
+        f"{flops.forward_flops(after, {'tokens': (2, 8)}) / flops.forward_flops(before, {'tokens': (2, 8)}):.3f}",
+    ]
+    headed = before.replace(head="classification", labels=2)
+    assert cost.told(before, headed, (2, 8), {}, True) == ""
+    assert "no speed-up is to be expected" in cost.told(before, headed, (2, 8), {"encoder/layers/mlp/up": 0.5}, True)
+
+
 def test_the_command(tmp_path, capsys):
     sizes = FAMILIES["bert"]
     for name, config in (("big", sizes), ("small", sizes.replace(mlp_dim=12))):

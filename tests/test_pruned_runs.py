@@ -49,6 +49,18 @@ def pruned(corpus, tmp_path_factory):
     return folder
 
 
+def test_a_run_says_what_its_transforms_save(corpus, tmp_path, capsys):
+    for transforms, told in (
+        ((prune(0.5),), "no speed-up is to be expected"),
+        ((shrink(mlp=0.5),), "forward, GFLOP"),
+    ):
+        run = run_of(corpus, tmp_path / told[:2], steps=0, transforms=transforms)
+        loop.train(run)
+        assert told in capsys.readouterr().err
+        loop.train(run)  # a run that goes on has said it
+        assert told not in capsys.readouterr().err
+
+
 def test_the_card_states_what_is_pruned_and_a_restart_changes_nothing(pruned, corpus, tmp_path):
     assert zeros(pruned).mean() == 0.75
     assert checkpoint.read_card(pruned)["pruned"][UP] == 0.75

@@ -46,6 +46,11 @@ def read_header(folder: Path) -> Header:
         raise DataError(f"{folder} holds no complete cache of a teacher ({e})") from e
 
 
+def data_fingerprint(stream: Mapping[str, Any]) -> str:
+    """The digest of all that a stream of rows depends on (`Loader.fingerprint`)."""
+    return hashlib.blake2b(json.dumps(stream, sort_keys=True).encode(), digest_size=16).hexdigest()
+
+
 def row_keys(batch: Batch) -> list[bytes]:
     """The digest of each row, of names, types, shapes and values."""
     names = sorted(name for name in batch if name not in EXTRA)
@@ -144,7 +149,7 @@ class TeacherCache:
         for key in row_keys(batch):
             if key not in self._places:
                 raise DataError(
-                    f"a row of this run is not in the cache {self.folder}: it must be made with the same task, data, batch and seed"
+                    f"a row of this run is not in the cache {self.folder}: write one of as many steps, with the same task, data, batch and seed"
                 )
             shard, i = self._places[key]
             found.append((self._shards[shard][0][i], self._shards[shard][1][i]))

@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Protocol
 
 import jax
+import numpy as np
 import optax
 from jaxtyping import Array
 
@@ -24,6 +25,10 @@ class _ParamsChange(Protocol):
 
 class _Extra(Protocol):
     def __call__(self, config: ModelConfig, key: Array, /) -> Params: ...
+
+
+class _Rows(Protocol):
+    def __call__(self, batch: Mapping[str, np.ndarray], fingerprint: Mapping[str, Any]) -> dict[str, Any]: ...
 
 
 class _LossChange(Protocol):
@@ -73,6 +78,8 @@ class Transform(NamedTuple):
     extra: _Extra = lambda config, key: {}
     """weights, by a name of their own at the top of the tree, that the loss reads and that are trained with the model's, of the sizes after
     all changes; they are whole on every device, are kept where a stopped run goes on, and are no part of the model that a run leaves"""
+    rows: _Rows = lambda batch, fingerprint: dict(batch)
+    """what it adds, on the host, to the rows of a training batch of one process, given what their stream depends on (`Loader.fingerprint`)"""
 
 
 IDENTITY = Transform(label="identity")
@@ -132,5 +139,10 @@ def chain(*transforms: Transform) -> Transform:
             found |= made
         return found
 
+    def rows(batch: Mapping[str, np.ndarray], fingerprint: Mapping[str, Any]) -> dict[str, Any]:
+        for transform in transforms:
+            batch = transform.rows(batch, fingerprint)
+        return dict(batch)
+
     functions = (config, params, wrap("loss"), wrap("grad"), wrap("update"))
-    return Transform(*functions, label, reference, calibration, steps, card, extra)
+    return Transform(*functions, label, reference, calibration, steps, card, extra, rows)

@@ -4,17 +4,20 @@ The teacher is an argument of the step (`reference["teacher"]`), runs without dr
 serves the task's loss and these terms alike. Divergences over the vocabulary stand in `divergences.py`.
 """
 
+import dataclasses
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from llm_jax import divergences
-from llm_jax.data.teacher_cache import read_header
+from llm_jax.data.teacher_cache import TeacherCache, data_fingerprint, read_header
 from llm_jax.errors import ConfigError
 from llm_jax.losses import Loss, LossFn
 from llm_jax.models import transformer
@@ -123,8 +126,8 @@ def cached(
 ) -> Transform:
     """task * the task's loss + soft * T^2 divergence, without a teacher: from its k most probable tokens, as a cache holds them.
 
-    All other tokens count as one outcome. The cache states the temperature. The rows bring `teacher_ids` and `teacher_log_p`, (B, S, k),
-    as `TeacherCache.add` puts them there.
+    All other tokens count as one outcome. The cache states the temperature, and of which rows it is: those of one run, whose data, batch and
+    seed must be this run's (`python -m llm_jax cache`).
 
     Args:
         path: folder of the cache.
@@ -135,7 +138,7 @@ def cached(
 
     Raises:
         ConfigError: a factor below 0 or nothing to minimise, or, when the loss is traced, rows without what the cache holds.
-        DataError: no cache there.
+        DataError: no cache there, or, before the first step, one of other rows.
     """
     if (soft, task) == (0, 1):
         return IDENTITY
@@ -161,7 +164,17 @@ def cached(
 
         return added
 
-    return Transform(loss=loss, label=_label("cached", cached, given))
+    @functools.cache
+    def opened(stream: str) -> TeacherCache:
+        return TeacherCache(path, data=stream)
+
+    def rows(batch: Mapping[str, np.ndarray], fingerprint: Mapping[str, Any]) -> dict[str, Any]:
+        return opened(data_fingerprint(fingerprint)).add(batch)
+
+    def card(params: Params) -> dict[str, Any]:
+        return {"teacher_cache": dataclasses.asdict(read_header(Path(path)))}
+
+    return Transform(loss=loss, label=_label("cached", cached, given), rows=rows, card=card)
 
 
 def _check(name: str, factors: dict[str, float], temperature: float, beta: float) -> None:
