@@ -103,7 +103,10 @@ def load(path: str | Path, mesh: jax.sharding.Mesh | None = None) -> Model:
 def pruned(path: str | Path) -> tuple[str, ...]:
     """The weights that the card of a model names as pruned, as regexes: what is zero in them is a mask."""
     kind, path = locate(path)
-    return tuple(map(re.escape, checkpoint.read_card(path).get("pruned", {}))) if kind == "checkpoint" else ()
+    if kind == "gguf":
+        return ()
+    stated = checkpoint.read_card(path).get("pruned", {}) if kind == "checkpoint" else _interop(kind).read_pruned(path)
+    return tuple(map(re.escape, stated))
 
 
 def abstract_params(config: ModelConfig, mesh: jax.sharding.Mesh) -> transformer.Params:

@@ -19,14 +19,15 @@ from llm_jax.errors import CheckpointError, ConfigError, choose
 from llm_jax.interop import families, names, tensor_files
 from llm_jax.interop.family import Family
 from llm_jax.interop.fields import Fields, read_json
-from llm_jax.interop.huggingface_export import save
+from llm_jax.interop.huggingface_export import OURS, save
 from llm_jax.interop.names import Place
 from llm_jax.interop.tensor_files import Tensors
 from llm_jax.model import Model
 from llm_jax.models import transformer
 from llm_jax.models.config import ModelConfig
+from llm_jax.transforms.prune import check_sparsity
 
-__all__ = ["export_model", "load", "read_sizes", "read_tokenizer", "save"]
+__all__ = ["export_model", "load", "read_pruned", "read_sizes", "read_tokenizer", "save"]
 
 log = logging.getLogger(__name__)
 
@@ -79,12 +80,26 @@ def load(
     abstract = models.abstract_params(found.config, mesh or sharding.make_mesh())
     fresh = _fresh(found.config, abstract, found.fresh)
     params = names.assemble(found.config, found.wanted, found.tensors.__getitem__, abstract, fresh)
-    return Model(found.config, params, tokenizer, _card(folder, found, labels))
+    card = _card(folder, found, labels)
+    try:
+        check_sparsity(params, card)
+    except CheckpointError as e:
+        raise CheckpointError(f"{folder / 'config.json'}: {e}") from e
+    return Model(found.config, params, tokenizer, card)
 
 
 def read_sizes(path: str | Path, head: str | None = None, labels: Labels = None) -> ModelConfig:
     """The sizes of the model that `load` would give; of the weights only the headers are read. Raises as `load`."""
     return match(Path(path).expanduser(), head, labels).config
+
+
+def read_pruned(path: str | Path) -> dict[str, float]:
+    """The weights that an export of ours names as pruned, and their shares of zeros."""
+    stated = read_json(Path(path).expanduser() / "config.json").get(OURS)
+    found = stated.get("pruned") if isinstance(stated, dict) else None
+    return {
+        name: share for name, share in (found if isinstance(found, dict) else {}).items() if isinstance(share, float)
+    }
 
 
 def read_tokenizer(path: str | Path) -> Tokenizer | None:
@@ -279,6 +294,8 @@ def _card(folder: Path, found: Found, labels: Labels) -> Card:
             "left_out": found.left_out,
         },
     }
+    if pruned := read_pruned(folder):
+        card["pruned"] = pruned
     generation = folder / "generation_config.json"
     if generation.is_file():
         card["huggingface"]["generation"] = read_json(generation)

@@ -1,12 +1,16 @@
 """Writing a model as a Hugging Face directory: all of it or nothing."""
 
 import json
+import logging
 import os
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from llm_jax import checkpoint
@@ -16,12 +20,19 @@ from llm_jax.interop import families, names, tensor_files
 from llm_jax.interop.family import Family
 from llm_jax.interop.tensor_files import DTYPES, Item
 from llm_jax.model import Model
+from llm_jax.models import transformer
 from llm_jax.models.config import ModelConfig
+from llm_jax.transforms.prune import pruned_card
 
 DTYPE_WORDS = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 """The dtypes that are written"""
 
 ROLES = ("bos", "eos", "pad")
+
+OURS = "llm_jax"
+"""The key of config.json under which stands what only this project reads"""
+
+log = logging.getLogger(__name__)
 
 
 def save(
@@ -32,6 +43,10 @@ def save(
     family: str | None = None,
 ) -> None:
     """Write a model as a directory that transformers' `from_pretrained` reads: config.json, weights and tokenizer.
+
+    Where all families that might take the model tie the size of a head to the width, one that lost heads is filled up with heads of zeros, which
+    add nothing, and that is logged. What the card names as pruned stands in config.json, under llm_jax, so that zeros are still masks when the
+    directory is read again.
 
     Args:
         path: a folder that does not exist or is empty.
@@ -46,7 +61,23 @@ def save(
     if path.is_file() or (path.is_dir() and any(path.iterdir())):
         raise CheckpointError(f"{path} exists already")
     origin = model.card.get("huggingface", {})
-    chosen = families.choose_family(model.config, family or origin.get("config", {}).get("model_type"))
+    wanted = family or origin.get("config", {}).get("model_type")
+    try:
+        chosen = families.choose_family(model.config, wanted)
+    except CheckpointError:
+        filled = whole_heads(model)
+        if filled is model:
+            raise
+        chosen = families.choose_family(filled.config, wanted)
+        added = filled.config.heads - model.config.heads
+        log.warning(
+            "%s of transformers has heads of width / heads channels: %d heads of zeros were added to the %d of each attention, so that the "
+            "function is the same",
+            chosen.name,
+            added,
+            model.config.heads,
+        )
+        model = filled
     if chosen.name != origin.get("config", {}).get("model_type"):
         origin = {}
     if dtype is not None:
@@ -70,6 +101,23 @@ def save(
         raise CheckpointError(f"writing {path} failed: {e}") from e
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def whole_heads(model: Model) -> Model:
+    """The model with so many heads of zeros added that all heads together are as wide as the model; itself where they are, or cannot be."""
+    config = model.config
+    heads, rest = divmod(config.dim, config.head_size)
+    if rest or heads <= config.heads or config.kv_heads not in (0, config.heads) or config.positions == "relative":
+        return model
+    made = config.replace(heads=heads, kv_heads=heads if config.kv_heads else 0)
+    missing = heads - config.heads
+
+    def one(x: Any, names: tuple[str, ...]) -> Any:
+        return jnp.pad(x, [(0, missing if name in ("heads", "kv") else 0) for name in names])
+
+    params = jax.tree.map(one, model.params, transformer.axes(config))
+    stated = pruned_card(params, [re.escape(path) for path in model.card.get("pruned", {})])
+    return Model(made, params, model.tokenizer, {**model.card, **(stated if model.card.get("pruned") else {})})
 
 
 def _write_json(path: Path, value: Any) -> None:
@@ -117,6 +165,9 @@ def config_json(model: Model, family: Family, origin: Mapping[str, Any], dtype: 
             f"{model.config.position_offset}, so that its id must be {wanted}, but in this tokenizer it is {pad}"
         )
     made["dtype"] = made["torch_dtype"] = dtype if dtype in DTYPE_WORDS else "float32"
+    made.pop(OURS, None)
+    if model.card.get("pruned"):
+        made[OURS] = {"pruned": model.card["pruned"]}
     return {key: value for key, value in _with_ids(made, model).items() if key != "auto_map"}
 
 

@@ -1,6 +1,8 @@
 """Directories of transformers without transformers: what is read, made afresh, left out, refused, and written back."""
 
+import dataclasses
 import json
+import re
 import subprocess
 import tracemalloc
 from collections.abc import Callable, Iterator
@@ -18,6 +20,9 @@ from llm_jax.data.tokenizer import Tokenizer, load_tokenizer
 from llm_jax.errors import CheckpointError, DataError
 from llm_jax.interop import huggingface
 from llm_jax.model import Model
+from llm_jax.transforms import chain, keep_zeros, prune, shrink
+from tests.families import tiny_model
+from tests.transforms import laws
 
 POOLERS = {
     "bert": {"none": "tanh", "mlm": "tanh", "classification": "tanh", "span": "none"},
@@ -530,3 +535,45 @@ def test_import_and_export(directory: Any, tmp_path: Path, equal_trees: Any, cap
     assert huggingface.read_sizes(tmp_path / "out").labels == 3
     with pytest.raises(CheckpointError, match="exists already"):
         huggingface.export_model(tmp_path / "checkpoint", tmp_path / "out")
+
+
+@pytest.mark.parametrize("family", ["llama", "bert"])
+def test_zeros_are_masks_again_when_an_export_is_read(family: str, tmp_path: Path, equal_trees: Any):
+    """Pruned, exported, read: the card names the zeros, and they are held; a model that is dense again says nothing of them."""
+    tiny = tiny_model(family)
+    pruned = models.transform(models.Model(tiny.config, tiny.params), prune(0.5), jax.random.key(0))
+    huggingface.save(pruned, tmp_path / "out")
+    again = models.load(tmp_path / "out")
+    assert again.card["pruned"] == pruned.card["pruned"] and len(again.card["pruned"]) > 5
+    equal_trees(again.params, pruned.params)
+    assert models.pruned(tmp_path / "out") == tuple(map(re.escape, pruned.card["pruned"]))
+    later = models.transform(again, keep_zeros(models.pruned(tmp_path / "out")), jax.random.key(0))
+    huggingface.save(later, tmp_path / "later")
+    assert huggingface.read_pruned(tmp_path / "later") == pruned.card["pruned"]
+    huggingface.save(dataclasses.replace(again, card={**again.card, "pruned": {}}), tmp_path / "dense")
+    assert models.pruned(tmp_path / "dense") == ()
+    stated = json.loads((tmp_path / "out" / "config.json").read_text())
+    name = next(iter(stated["llm_jax"]["pruned"]))
+    stated["llm_jax"]["pruned"][name] = 0.75
+    (tmp_path / "out" / "config.json").write_text(json.dumps(stated))
+    with pytest.raises(CheckpointError, match=rf"config.json: the card states that 75.0000% of {name} are zero"):
+        models.load(tmp_path / "out")
+
+
+@pytest.mark.parametrize("family", ["bert", "gpt2", "marian"])
+def test_a_model_that_lost_heads_is_filled_up(family: str, tmp_path: Path, caplog: Any):
+    """Where the form ties the size of a head to the width; the function is the same, and so are the shares of zeros counted anew."""
+    tiny = tiny_model(family)
+    change = chain(shrink(heads=2), prune(0.5, targets=[".*attention/query"]))
+    small = models.transform(models.Model(tiny.config, tiny.params), change, jax.random.key(0))
+    huggingface.save(small, tmp_path / "out")
+    assert "2 heads of zeros were added to the 2 of each attention" in caplog.text
+    again = models.load(tmp_path / "out")
+    assert (again.config.heads, again.config.head_size) == (4, 4)
+    assert set(again.card["pruned"].values()) == {0.75}
+    np.testing.assert_allclose(
+        laws.logits(again.config, again.params), laws.logits(small.config, small.params), atol=1e-5
+    )
+    odd = models.transform(models.Model(tiny.config, tiny.params), shrink(dim=0.75, heads=2), jax.random.key(0))
+    huggingface.save(odd, tmp_path / "odd")  # 12 channels hold three heads of 4
+    assert models.load(tmp_path / "odd").config.heads == 3
