@@ -164,17 +164,41 @@ def evaluate_checkpoint(path: str, sources: tuple[str, ...] = (), length: int = 
     batch = dataclasses.replace(batch, size=rows or batch.size, length=length or batch.length, accumulate=1)
     if sources:
         data = dataclasses.replace(data, heldout_sources=sources)
+    return _held_out(loaded, task, data, batch)
+
+
+def held_out(loaded: model.Model, run: config.Run, batches: int = 0) -> dict[str, float]:
+    """The `evaluate` figures of a model on the documents that a run holds out, by the task it is evaluated on (the first `batches`, or all).
+
+    Raises:
+        UserError: a model without a tokenizer or without the task's head, nothing held out, sources that cannot be read.
+    """
+    if loaded.tokenizer is None:
+        raise UserError("a model without a tokenizer reads no documents")
+    return _held_out(loaded, run.eval.task or run.task, run.data, dataclasses.replace(run.batch, accumulate=1), batches)
+
+
+def _held_out(
+    loaded: model.Model, task: Any, data: config.Data, batch: config.Batch, batches: int = 0
+) -> dict[str, float]:
+    """The figures of a task on what is held out of the data."""
     if loaded.config.positions == "learned" and batch.length > loaded.config.max_length:
         raise UserError(
             f"rows of {batch.length} tokens are longer than the model's table of positions, {loaded.config.max_length}"
         )
+    assert loaded.tokenizer is not None
     mesh = sharding.make_mesh()
     with (
         Loader(open_sources(data, "heldout"), loaded.tokenizer, task, data, batch, 0, "heldout") as loader,
         jax.set_mesh(mesh),
     ):
-        step = make_eval_step(task.loss(loaded.config), task)
-        return judge(step, loaded.params, loader, mesh, task=task)[0]
+        return judge(_step_of(task, loaded.config), loaded.params, loader, mesh, batches=batches, task=task)[0]
+
+
+@functools.lru_cache(maxsize=8)
+def _step_of(task: Any, sizes: ModelConfig) -> Any:
+    """The evaluation step, compiled once for models of the same sizes."""
+    return make_eval_step(task.loss(sizes), task)
 
 
 class _Texts:

@@ -142,12 +142,13 @@ def build(run: Run) -> Parts:
             **place,
         )
     wanted = transform_of(run).calibration
-    aux = _calibration(run, sources, tokenizer, wanted) if wanted else None
+    aux = calibration(run, tokenizer, wanted) if wanted else None
     return assemble(run, mesh, tokenizer, train, heldout, aux)
 
 
-def _calibration(run: Run, sources: list[Any], tokenizer: Tokenizer, count: int) -> tf.Calibration:
-    """The first `count` batches that one process alone would train on; the same on every process."""
+def calibration(run: Run, tokenizer: Tokenizer, count: int) -> tf.Calibration:
+    """The first `count` batches that one process alone would train on, for a transform to look at; the same on every process."""
+    sources = open_sources(run.data, "train")
     with contextlib.closing(Loader(sources, tokenizer, run.task, run.data, run.batch, run.seed, "train")) as rows:
         batches = [next(rows).batch for _ in range(count)]
     if any(x.shape != batches[0][name].shape for batch in batches for name, x in batch.items()):

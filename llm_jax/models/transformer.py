@@ -369,6 +369,20 @@ def requested(*outputs: str) -> Iterator[None]:
         _REQUESTED.reset(token)
 
 
+_WATCHED: contextvars.ContextVar[list[ModelConfig] | None] = contextvars.ContextVar("watched", default=None)
+
+
+@contextlib.contextmanager
+def watched() -> Iterator[list[ModelConfig]]:
+    """The configs of the models that `apply`, traced in here, is called with, in turn: a loss does not tell of which model it is."""
+    found: list[ModelConfig] = []
+    token = _WATCHED.set(found)
+    try:
+        yield found
+    finally:
+        _WATCHED.reset(token)
+
+
 def apply(
     config: ModelConfig,
     params: Params,
@@ -391,6 +405,8 @@ def apply(
         asked or name in _REQUESTED.get()
         for name, asked in (("hidden_states", hidden_states), ("attentions", attentions))
     )
+    if (calls := _WATCHED.get()) is not None:
+        calls.append(config)
     keys: Any = (None, None, None) if key is None else jax.random.split(key, 3)
     new_cache, read = None, {}
     if config.architecture == "encoder":
