@@ -115,15 +115,11 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 def draw_curves(folder: Path) -> Path:
     """curves.png: training and held-out loss, and the learning rate, over the steps."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib.figure import Figure  # not pyplot, whose backend is the caller's affair
 
     entries = read(Path(folder) / "metrics.jsonl")
-    figure, (top, bottom) = pyplot.subplots(
-        2, 1, figsize=(8, 6), sharex=True, height_ratios=[3, 1], layout="constrained"
-    )
+    figure = Figure(figsize=(8, 6), layout="constrained")
+    top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
     for name, label, style in (
         ("loss", "training", dict(color="0.6", linewidth=1)),
         ("eval/loss", "held out", dict(color="C0", marker="o")),
@@ -143,5 +139,4 @@ def draw_curves(folder: Path) -> Path:
         axis.spines[["top", "right"]].set_visible(False)
     path = Path(folder) / "curves.png"
     figure.savefig(path, dpi=120)
-    pyplot.close(figure)
     return path
