@@ -208,7 +208,7 @@ def test_what_was_saved_is_what_was_evaluated(whole: tuple[Run, dict[str, Any]])
     run, _ = whole
     parts = loop.build(run)
     saved = checkpoint.Checkpoints(run.folder, run.checkpoint)
-    kept = jax.eval_shape(loop._kept, parts.abstract)
+    kept = jax.eval_shape(lambda state: loop._kept(state, parts.extra), parts.abstract)
     found = saved.restore(
         *jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=jax.NamedSharding(parts.mesh, jax.P())), kept
