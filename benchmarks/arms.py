@@ -20,6 +20,14 @@ def load(name: str, **changes: Any) -> config.Run:
     return dataclasses.replace(config.load(CONFIGS / f"{name}.py"), **changes)
 
 
+def changed(run: config.Run, **fields: Any) -> config.Run:
+    """The run with other fields; those of optimizer and schedule are named in a dict."""
+    for name in ("optimizer", "schedule"):
+        if name in fields:
+            fields[name] = dataclasses.replace(getattr(run, name), **fields[name])
+    return dataclasses.replace(run, **fields)
+
+
 def teacher(name: str = "snippets_minilm") -> dict[str, Any]:
     """The run that others start from, carried out where it is not done yet: what its result.json holds."""
     run = load(name)
@@ -33,18 +41,3 @@ def arm(name: str, run: config.Run, seeds: list[int]) -> dict[str, Any]:
     found = sweep(dataclasses.replace(run, workdir=str(FOLDER / name)), seeds)
     print({key: x["values"] for key, x in found["eval"].items()}, flush=True)
     return found
-
-
-def claim(name: str, value: float, target: float, holds: bool, values: list[float] | None = None, **more: Any) -> dict:
-    """A claim for `common.write`; its spread is the least and the greatest of the values, one a seed."""
-    spread = [min(values), max(values)] if values else None
-    return {
-        "name": name,
-        "value": value,
-        "target": target,
-        "holds": bool(holds),
-        "seeds": len(values) if values else 1,
-        "spread": spread,
-        "values": values,
-        **more,
-    }

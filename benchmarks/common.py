@@ -5,6 +5,7 @@ import json
 import os
 import platform
 from pathlib import Path
+from typing import Any
 
 from llm_jax.card import code_version, library_versions
 
@@ -50,6 +51,21 @@ def write(name: str, claims: list[dict]) -> None:
     )
     for claim in claims:
         print(line(name, claim))
+
+
+def claim(name: str, value: float, target: float, holds: bool, values: list[float] | None = None, **more: Any) -> dict:
+    """A claim for `write`; its spread is the least and the greatest of the values, one a seed."""
+    spread = [min(values), max(values)] if values else None
+    return {
+        "name": name,
+        "value": value,
+        "target": target,
+        "holds": bool(holds),
+        "seeds": len(values) if values else 1,
+        "spread": spread,
+        "values": values,
+        **more,
+    }
 
 
 def line(script: str, claim: dict) -> str:

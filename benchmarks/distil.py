@@ -12,7 +12,7 @@ import argparse
 import statistics
 
 from benchmarks import arms
-from benchmarks.common import write
+from benchmarks.common import claim, write
 from llm_jax import cost, model
 from llm_jax.transforms import shrink
 
@@ -32,8 +32,8 @@ def train(seeds: list[int]) -> None:
     write(
         "distil",
         [
-            arms.claim("share of the teacher's accuracy, half the layers", share, 0.98, share >= 0.98, kept, **detail),
-            arms.claim("accuracy gained over the same student without a teacher", better, 0.0, better > 0, gain),
+            claim("share of the teacher's accuracy, half the layers", share, 0.98, share >= 0.98, kept, **detail),
+            claim("accuracy gained over the same student without a teacher", better, 0.0, better > 0, gain),
         ],
     )
 
@@ -46,7 +46,7 @@ def speed() -> None:
     print(found[-1])
     values = [x.speedup for x in found]
     times = statistics.median(values)
-    write("distil_speed", [arms.claim("times faster than the teacher", times, 1.6, times >= 1.6, values)])
+    write("distil_speed", [claim("times faster than the teacher", times, 1.6, times >= 1.6, values)])
 
 
 def main():

@@ -24,7 +24,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from benchmarks.common import RESULTS, write
+from benchmarks.common import RESULTS, claim, write
 from llm_jax import config
 from llm_jax.data import assets
 from llm_jax.data.documents import documents, open_sources
@@ -96,10 +96,6 @@ def ours(which: Path, folder: Path, *options: str) -> dict:
     }
 
 
-def claim(name: str, value: float, target: float, holds: bool, seeds: int = 1, spread=None, **more) -> dict:
-    return {"name": name, "value": value, "target": target, "holds": holds, "seeds": seeds, "spread": spread, **more}
-
-
 def time(paths: dict[str, Path], folder: Path, steps: int) -> None:
     """Both sides to the end of training, the recipe padded to 512 for some steps, and some steps of identical padded work."""
     same = ["--epochs", 1, "--max-steps", 100, "--max-length", 64, "--padding", "max_length", "--limit", 800]
@@ -161,7 +157,7 @@ def judged(name: str, what: str, found: list[dict], goal: float, held: dict[str,
     mean, f1 = statistics.fmean(values), statistics.fmean(x["macro_f1"] for x in found)
     more |= {"macro_f1": f1, "naive_bayes": naive_bayes(held), "train_seconds": [x["train_seconds"] for x in found]}
     print(more, flush=True)
-    write(name, [claim(what, mean, goal, mean >= goal, len(values), [min(values), max(values)], **more)])
+    write(name, [claim(what, mean, goal, mean >= goal, values, **more)])
 
 
 def main():

@@ -15,7 +15,7 @@ import statistics
 from pathlib import Path
 
 from benchmarks import arms
-from benchmarks.common import write
+from benchmarks.common import claim, write
 from llm_jax.transforms import grow_depth
 
 SMALL, LARGE = 2, 8
@@ -27,31 +27,23 @@ def flops(arm: dict, i: int) -> float:
     return json.loads((Path(arm["folders"][i]) / "card.json").read_text(encoding="utf-8"))["flops"]
 
 
-def changed(run, **fields):
-    """The run with other fields, those of optimizer and schedule among them."""
-    for name in ("optimizer", "schedule"):
-        if name in fields:
-            fields[name] = dataclasses.replace(getattr(run, name), **fields[name])
-    return dataclasses.replace(run, **fields)
-
-
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     seeds = parser.parse_args().seeds
     quick = arms.load("quickstart", steps=STEPS)
     quick = dataclasses.replace(quick, eval=dataclasses.replace(quick.eval, every=0, batches=0, prompts=()))
-    large = changed(quick, model=quick.model.replace(layers=LARGE))
+    large = arms.changed(quick, model=quick.model.replace(layers=LARGE))
     rates = {}
     for rate in (0.015, 0.03, 0.06):
-        run = changed(large, optimizer={"learning_rate": rate})
+        run = arms.changed(large, optimizer={"learning_rate": rate})
         rates[rate] = arms.arm(f"grow_scratch_{rate}", run, seeds[:1])["eval"]["loss"]["mean"]
     best = min(rates, key=rates.get)
-    scratch = arms.arm(f"grow_scratch_{best}", changed(large, optimizer={"learning_rate": best}), seeds)
+    scratch = arms.arm(f"grow_scratch_{best}", arms.changed(large, optimizer={"learning_rate": best}), seeds)
 
     constant = {"name": "constant"}
     model = quick.model.replace(layers=SMALL)
-    small = arms.arm("grow_small", changed(quick, model=model, steps=SMALL_STEPS, schedule=constant), seeds)
+    small = arms.arm("grow_small", arms.changed(quick, model=model, steps=SMALL_STEPS, schedule=constant), seeds)
     left = SHARE * flops(scratch, 0) - flops(small, 0)
     steps = int(left / (flops(scratch, 0) / STEPS))
 
@@ -59,7 +51,7 @@ def main():
         return [
             arms.arm(
                 f"grow_grown_{rate}",
-                changed(
+                arms.changed(
                     quick,
                     start=folder,
                     model=None,
@@ -85,7 +77,7 @@ def main():
         "small": small["eval"]["loss"],
     }
     what = f"held-out loss with {max(shares):.2f} of the operations, that of the model from scratch at most"
-    write("grow", [arms.claim(what, value, goal["mean"], value <= goal["mean"], values, **detail)])
+    write("grow", [claim(what, value, goal["mean"], value <= goal["mean"], values, **detail)])
 
 
 if __name__ == "__main__":

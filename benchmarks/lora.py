@@ -9,7 +9,6 @@ addresses, of each of which the one that followed it is looked for among all 1,0
 """
 
 import argparse
-import dataclasses
 import itertools
 import re
 import statistics
@@ -19,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import arms
-from benchmarks.common import write
+from benchmarks.common import claim, write
 from llm_jax import model, tree
 from llm_jax.config import Data
 from llm_jax.data.sources import open_source
@@ -87,7 +86,7 @@ def main():
                 )
                 shares.append(trained / tree.size(tuned.params))
                 tuned = model.transform(tuned, merge_lora(), jax.random.key(0))
-            kept[name].append(found_again(dataclasses.replace(tuned), texts))
+            kept[name].append(found_again(tuned, texts))
     gaps = [b - a for a, b in zip(adapted["eval"]["accuracy"]["values"], full["eval"]["accuracy"]["values"])]
     gap, share = statistics.fmean(gaps), max(shares)
     less = [a - b for a, b in zip(kept["lora"], kept["full"])]
@@ -96,9 +95,9 @@ def main():
     write(
         "lora",
         [
-            arms.claim("share of the parameters that LoRA trains", share, 0.01, share < 0.01, shares),
-            arms.claim("accuracy below full fine-tuning", gap, 0.005, gap <= 0.005, gaps, **detail),
-            arms.claim(
+            claim("share of the parameters that LoRA trains", share, 0.01, share < 0.01, shares),
+            claim("accuracy below full fine-tuning", gap, 0.005, gap <= 0.005, gaps, **detail),
+            claim(
                 "successors found again, LoRA over full fine-tuning",
                 statistics.fmean(less),
                 0.0,

@@ -16,7 +16,7 @@ from pathlib import Path
 import jax
 
 from benchmarks import arms
-from benchmarks.common import write
+from benchmarks.common import claim, write
 from llm_jax import evaluate
 from llm_jax import parts as run_parts
 from llm_jax.config import Batch, Data, Optimizer, Run
@@ -74,7 +74,7 @@ def main():
             value = statistics.fmean(found[score])
             what = f"perplexity at {name} by {score}, half of magnitude's at most"
             claims.append(
-                arms.claim(what, value, magnitude / 2, value <= magnitude / 2, found[score], dense=dense, table=found)
+                claim(what, value, magnitude / 2, value <= magnitude / 2, found[score], dense=dense, table=found)
             )
     write("prune_at_once", claims)
 

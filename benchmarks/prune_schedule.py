@@ -19,7 +19,7 @@ import numpy as np
 from safetensors.numpy import load_file
 
 from benchmarks import arms
-from benchmarks.common import write
+from benchmarks.common import claim, write
 from llm_jax import model, tree
 from llm_jax.interop import huggingface
 from llm_jax.loop import train
@@ -75,9 +75,9 @@ def main():
     write(
         "prune_schedule",
         [
-            arms.claim("accuracy lost with 80% of the layers' weights", cost, 0.01, cost <= 0.01, lost, **detail),
-            arms.claim("accuracy above pruning at once, as long a run", better, 0.0, better > 0, gain),
-            arms.claim(
+            claim("accuracy lost with 80% of the layers' weights", cost, 0.01, cost <= 0.01, lost, **detail),
+            claim("accuracy above pruning at once, as long a run", better, 0.0, better > 0, gain),
+            claim(
                 "sparsity, the same after a further run, a restart and an export",
                 share,
                 SPARSITY,

@@ -16,7 +16,7 @@ import dataclasses
 import statistics
 
 from benchmarks import arms
-from benchmarks.common import write
+from benchmarks.common import claim, write
 from llm_jax import cost, model
 from llm_jax.config import Schedule
 from llm_jax.transforms import distil, shrink
@@ -33,7 +33,7 @@ def train(seeds: list[int]) -> None:
     kept = [x / teacher for x in found["accuracy"]["values"]]
     share = statistics.fmean(kept)
     what = "share of the accuracy kept with half the neurons and two thirds of the heads"
-    write("shrink", [arms.claim(what, share, 0.97, share >= 0.97, kept, teacher=teacher, after=found)])
+    write("shrink", [claim(what, share, 0.97, share >= 0.97, kept, teacher=teacher, after=found)])
 
 
 def speed() -> None:
@@ -45,8 +45,8 @@ def speed() -> None:
     values = [x.speedup / promised for x in found]
     share = statistics.median(values)
     speedup = statistics.median(x.speedup for x in found)
-    claim = arms.claim("measured over promised speed-up", share, 0.85, share >= 0.85, values)
-    write("shrink_speed", [{**claim, "speedup": speedup, "promised": promised}])
+    more = {"speedup": speedup, "promised": promised}
+    write("shrink_speed", [claim("measured over promised speed-up", share, 0.85, share >= 0.85, values, **more)])
 
 
 def tokens(seeds: list[int]) -> None:
@@ -65,26 +65,29 @@ def tokens(seeds: list[int]) -> None:
     )
     scratch = dataclasses.replace(quick, model=shrink(**LANGUAGE).config(quick.model))
     rates = {
-        rate: arms.arm(f"language_scratch_{rate}", _rate(scratch, rate), seeds[:1])["eval"]["loss"]["mean"]
+        rate: arms.arm(f"language_scratch_{rate}", arms.changed(scratch, optimizer={"learning_rate": rate}), seeds[:1])[
+            "eval"
+        ]["loss"]["mean"]
         for rate in (0.015, 0.03, 0.06)
     }
     best = min(rates, key=rates.get)
     own = {
-        rate: arms.arm(f"language_shrunk_{rate}", _rate(taught, rate), seeds[:1])["eval"]["loss"]["mean"]
+        rate: arms.arm(f"language_shrunk_{rate}", arms.changed(taught, optimizer={"learning_rate": rate}), seeds[:1])[
+            "eval"
+        ]["loss"]["mean"]
         for rate in (0.01, 0.02)
     }
     rate = min(own, key=own.get)
-    reached = arms.arm(f"language_shrunk_{rate}", _rate(taught, rate), seeds)["eval"]["loss"]
-    goal = arms.arm(f"language_scratch_{best}", _rate(scratch, best), seeds)["eval"]["loss"]
+    reached = arms.arm(f"language_shrunk_{rate}", arms.changed(taught, optimizer={"learning_rate": rate}), seeds)[
+        "eval"
+    ]["loss"]
+    goal = arms.arm(f"language_scratch_{best}", arms.changed(scratch, optimizer={"learning_rate": best}), seeds)[
+        "eval"
+    ]["loss"]
     detail = {"teacher": whole["eval"], "scratch": goal, "rates": {"scratch": rates, "shrunk": own}}
     what = "held-out loss after a fifth of the tokens, that of the same size from scratch at most"
     holds = reached["mean"] <= goal["mean"]
-    write("shrink_tokens", [arms.claim(what, reached["mean"], goal["mean"], holds, reached["values"], **detail)])
-
-
-def _rate(run, rate: float):
-    """The run with another learning rate."""
-    return dataclasses.replace(run, optimizer=dataclasses.replace(run.optimizer, learning_rate=rate))
+    write("shrink_tokens", [claim(what, reached["mean"], goal["mean"], holds, reached["values"], **detail)])
 
 
 def main():

@@ -18,7 +18,7 @@ from typing import Any
 import jax
 
 from benchmarks import arms
-from benchmarks.common import write
+from benchmarks.common import claim, write
 from llm_jax import parts as run_parts
 from llm_jax.models import transformer
 from llm_jax.platform import compiler_options, setup
@@ -102,9 +102,9 @@ def main():
     write(
         "transform_cost",
         [
-            arms.claim("a step that keeps pruned weights over a plain one", values[0], 1.02, values[0] <= 1.02, kept),
-            arms.claim("a step of pruning on a schedule", values[1], 1.02, values[1] <= 1.02, gradual, times=times),
-            arms.claim("a distillation step over forward and step", values[2], 1.15, values[2] <= 1.15, both),
+            claim("a step that keeps pruned weights over a plain one", values[0], 1.02, values[0] <= 1.02, kept),
+            claim("a step of pruning on a schedule", values[1], 1.02, values[1] <= 1.02, gradual, times=times),
+            claim("a distillation step over forward and step", values[2], 1.15, values[2] <= 1.15, both),
         ],
     )
 

@@ -170,7 +170,7 @@ class _Session:
             self.metrics.say(f"{show(run)}\n{describe(self.parts)}")
             if self.resumed:
                 self.metrics.say(f"resuming {run.folder} at step {self.start}")
-            elif self.lead and (said := cost_told(self.parts, self.state.params)):
+            elif said := cost_told(self.parts, self.state.params):  # on every process: a card reads sharded weights
                 self.metrics.say(said)
             while not self.ended:
                 self.one_step()

@@ -1,7 +1,6 @@
 """What a teacher says of the rows that a run will train on, written down once, so that students learn from it without the teacher."""
 
 import dataclasses
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -9,19 +8,20 @@ from typing import Any
 import jax
 import numpy as np
 
-from llm_jax import divergences, model, parts, sharding
+from llm_jax import checkpoint, divergences, model, parts, sharding
 from llm_jax.card import content_hash
 from llm_jax.config import Run
 from llm_jax.data.teacher_cache import HEADER, Header, data_fingerprint, write_cache
 from llm_jax.errors import ConfigError, DataError
 from llm_jax.models import transformer
+from llm_jax.transforms import Transform
 
 
 def cache(run: Run, teacher: str, folder: str | Path, k: int = 32, temperature: float = 1.0) -> Header:
     """Write the k most probable tokens under softmax(logits / T) at each place of every row of the run's steps.
 
-    No (B, S, V) array is kept: the vocabulary's logits are made in chunks of rows. A row that comes again is kept once. The run's transforms
-    are not applied, since rows do not depend on them; `cached(folder)` among them reads what is written here.
+    No (B, S, V) array is kept: the vocabulary's logits are made in chunks of rows. A row that comes again is kept once. Of the run's transforms
+    only the sizes count, since rows do not depend on the rest; `cached(folder)` among them reads what is written here.
 
     Args:
         run: the student's; its data, task, tokenizer, batch, seed and steps decide the rows.
@@ -32,7 +32,7 @@ def cache(run: Run, teacher: str, folder: str | Path, k: int = 32, temperature: 
 
     Raises:
         ConfigError: k or T out of range, a teacher without a head over the vocabulary, several processes.
-        DataError: a teacher with another tokenizer, or a folder that holds a cache.
+        DataError: a teacher with another tokenizer, a folder that holds a cache or cannot be written.
     """
     if jax.process_count() > 1:
         raise ConfigError("cache: the rows of a run are written by one process")
@@ -45,7 +45,7 @@ def cache(run: Run, teacher: str, folder: str | Path, k: int = 32, temperature: 
         raise ConfigError(f"cache: {teacher} has no head over the vocabulary (head={sizes.head!r})")
     if not 0 < k <= sizes.vocab_size:
         raise ConfigError(f"cache: k is {k}: it must lie between 1 and the teacher's {sizes.vocab_size} tokens")
-    made = parts.build(dataclasses.replace(run, transforms=()))
+    made = parts.build(dataclasses.replace(run, transforms=tuple(Transform(config=x.config) for x in run.transforms)))
     try:
         known = model.read_tokenizer(teacher)
         if known is not None and known.fingerprint != made.tokenizer.fingerprint:
@@ -65,6 +65,11 @@ def cache(run: Run, teacher: str, folder: str | Path, k: int = 32, temperature: 
         header = Header(content_hash(loaded.params), data_fingerprint(made.train.fingerprint()), k, temperature)
         with jax.set_mesh(made.mesh):
             return write_cache(Path(folder), header, batches())
+    except OSError as e:
+        if e.filename is None and not checkpoint.is_full(e):
+            raise
+        why = "no space left on the disk" if checkpoint.is_full(e) else e.strerror
+        raise DataError(f"{folder}: {why}: the cache is not complete") from e
     finally:
         made.close()
 
@@ -72,4 +77,4 @@ def cache(run: Run, teacher: str, folder: str | Path, k: int = 32, temperature: 
 def describe(header: Header, folder: str | Path) -> dict[str, Any]:
     """What was written, for the command's answer."""
     size = sum(path.stat().st_size for path in Path(folder).iterdir())
-    return {**json.loads(json.dumps(dataclasses.asdict(header))), "bytes": size, "path": str(folder)}
+    return {**dataclasses.asdict(header), "bytes": size, "path": str(folder)}

@@ -1,7 +1,9 @@
 """A teacher's most probable tokens written by the command, and a run that learns from them in the teacher's absence."""
 
 import dataclasses
+import errno
 import json
+import os
 import shutil
 
 import jax
@@ -13,6 +15,7 @@ from llm_jax.data.teacher_cache import TeacherCache
 from llm_jax.errors import ConfigError, DataError
 from llm_jax.models import transformer
 from llm_jax.models.config import ModelConfig
+from llm_jax.tasks import MaskedToken
 from llm_jax.transforms import cached, distil, new_head
 from tests.test_parts import losses, run_of
 
@@ -95,6 +98,29 @@ def test_what_is_refused(corpus, teacher, whole, tmp_path):
     with pytest.raises(DataError, match="has another tokenizer than the run"):
         teachers.cache(other, str(teacher), tmp_path / "cache")
     assert not (tmp_path / "cache").exists()
+    (tmp_path / "file").touch()
+    with pytest.raises(DataError, match="file: File exists: the cache is not complete"):
+        teachers.cache(run, str(teacher), tmp_path / "file")
+
+
+def test_what_a_stopped_writer_left_is_removed_and_a_full_disk_is_told(corpus, teacher, tmp_path, monkeypatch):
+    run = run_of(corpus, tmp_path / "run", steps=1, transforms=(new_head("mlm"), cached(str(tmp_path / "cache"))))
+    run = dataclasses.replace(run, task=MaskedToken())
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache" / "00007.npz").write_bytes(b"half a shard")
+
+    def full(*arguments, **arrays):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    masked = model.transform(model.load(teacher), new_head("mlm"), jax.random.key(0))
+    model.save(masked, tmp_path / "masked")
+    with monkeypatch.context() as patched:
+        patched.setattr(np, "savez", full)
+        with pytest.raises(DataError, match="cache: no space left on the disk: the cache is not complete"):
+            teachers.cache(run, str(tmp_path / "masked"), tmp_path / "cache", k=4)
+    header = teachers.cache(run, str(tmp_path / "masked"), tmp_path / "cache", k=4)
+    assert header.rows == 8 and [x.name for x in sorted((tmp_path / "cache").glob("*.npz"))] == ["00000.npz"]
+    assert loop.train(run)["steps"] == 1
 
 
 def test_the_command(corpus, teacher, tmp_path, capsys):

@@ -70,12 +70,16 @@ def write_cache(
 ) -> Header:
     """Write each (batch, ids (B, S, k), log_p (B, S, k)); equal rows once. The header, with rows and mass, is written last.
 
+    What a writer that was stopped left in the folder is removed first.
+
     Raises:
         DataError: the folder holds a cache already, or there is nothing to write.
     """
     if (folder / HEADER).exists():
         raise DataError(f"{folder} holds a cache already")
     folder.mkdir(parents=True, exist_ok=True)
+    for left in folder.glob("[0-9]*.npz"):
+        left.unlink()
     pending: list[tuple[bytes, np.ndarray, np.ndarray]] = []
     seen: set[bytes] = set()
     shards, mass, weight = 0, 0.0, 0.0

@@ -177,7 +177,8 @@ def axes(config: ModelConfig) -> Params:
 def depths(params: Params) -> Params:
     """How far each weight lies below the head: 0 for the head and a stack's last norm, 1 for the top layer, ..., most for the embeddings.
 
-    Of stacked layers an array (L, 1, ...), which goes with the leaf; an encoder lies below its decoder. A part of a tree will do.
+    What is trained beside the model and no part of it lies at 0 too. Of stacked layers an array (L, 1, ...), which goes with the leaf; an
+    encoder lies below its decoder. A part of a tree will do.
     """
 
     def layers(side: str) -> int:
@@ -189,10 +190,10 @@ def depths(params: Params) -> Params:
 
     def one(path: Any, leaf: Any) -> Any:
         side, part = path[0].key, path[1].key if len(path) > 1 else ""
-        if side == "head":
-            return 0
-        if side not in above:
+        if side == "embed":
             return deepest
+        if side not in above:
+            return 0
         if part == "layers":
             count = np.arange(leaf.shape[0], 0, -1) + above[side]
             return count.reshape(-1, *(1,) * (leaf.ndim - 1))

@@ -69,6 +69,7 @@ def distil(
             spread the student's layers evenly over the teacher's.
         projected: `hidden` compares the student's states times a matrix (D_student, D_teacher), one for each pair of layers, that is trained with
             the student and is no part of it (TinyBERT, eq. 8). It starts as an identity between equal widths, else normal with variance 1/D.
+            Beside `lora` it is trained only where `also` names `projections`.
 
     Raises:
         ConfigError: a factor below 0 or nothing to minimise, or, when the loss is traced, models that do not go together.

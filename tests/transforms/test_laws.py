@@ -1,6 +1,5 @@
 """The laws of section 1 of the design for every change of weights and every family; what each change does is told in the file of its name."""
 
-import dataclasses
 from typing import Any
 
 import jax
@@ -8,7 +7,7 @@ import numpy as np
 import pytest
 
 from llm_jax import model as models
-from llm_jax.interop import families, huggingface
+from llm_jax.interop import huggingface
 from llm_jax.transforms import (
     IDENTITY,
     Transform,
@@ -62,16 +61,8 @@ def case(what: str, family: str) -> tuple[Transform, Transform, Tiny, Any]:
     return change, nothing, tiny, aux
 
 
-EVERY = [pytest.mark.parametrize("family", FAMILIES), pytest.mark.parametrize("what", CHANGES)]
-
-
-def every(test: Any) -> Any:
-    for mark in EVERY:
-        test = mark(test)
-    return test
-
-
-@every
+@pytest.mark.parametrize("what", CHANGES)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_on_one_device_and_on_eight(what, family):
     """Laws 1, 2 and 5."""
     change, nothing, tiny, aux = case(what, family)
@@ -82,22 +73,20 @@ def test_on_one_device_and_on_eight(what, family):
     laws.same_on_mesh(change, tiny, aux)
 
 
-@every
+@pytest.mark.parametrize("what", CHANGES)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_it_comes_back(what, family, tmp_path):
     """Law 6: from a checkpoint bit for bit, and from a Hugging Face directory where the family has such a form."""
     change, _, tiny, aux = case(what, family)
     again = laws.comes_back(change, tiny, tmp_path, aux)
-    if family in ("vaswani", "vit") or (what == "new_head" and family == "t5"):
-        return
+    if family in ("vaswani", "vit"):
+        return  # no such form
     huggingface.save(again, tmp_path / "export")
     back = models.load(tmp_path / "export")
-    assert families.choose_family(back.config, None)
+    jax.tree.map(np.testing.assert_array_equal, back.params, again.params)
     np.testing.assert_allclose(
         laws.logits(back.config, back.params), laws.logits(again.config, again.params), atol=1e-6
     )
-    same = dataclasses.replace(back.config, dropout=again.config.dropout)
-    if same.vocab_size == again.config.vocab_size:
-        jax.tree.map(np.testing.assert_array_equal, back.params, again.params)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

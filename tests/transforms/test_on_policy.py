@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llm_jax import loop, model, step
+from llm_jax import loop, model, sharding, step
 from llm_jax.errors import ConfigError
 from llm_jax.generation import Sampling, choose_token
 from llm_jax.losses import Loss
@@ -129,8 +129,6 @@ def test_on_a_mesh_it_is_the_same(batch, mesh):
     change = on_policy(1.0, prompt=P)
     expected, gradient = grads(change, batch)
     many = mesh(data=2, fsdp=2, tensor=2)
-    from llm_jax import sharding
-
     places = sharding.params_shardings(many, transformer.axes(SIZES), transformer.shapes(SIZES))
     with jax.set_mesh(many):
         loss = change.loss(NextToken().loss(SIZES))
