@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from llm_jax import checkpoint, cli, loop, model, parts, teachers
+from llm_jax.config import Data
 from llm_jax.data.teacher_cache import TeacherCache
 from llm_jax.errors import ConfigError, DataError
 from llm_jax.models import transformer
@@ -103,17 +104,21 @@ def test_what_is_refused(corpus, teacher, whole, tmp_path):
         teachers.cache(run, str(teacher), tmp_path / "file")
 
 
-def test_what_a_stopped_writer_left_is_removed_and_a_full_disk_is_told(corpus, teacher, tmp_path, monkeypatch):
-    run = run_of(corpus, tmp_path / "run", steps=1, transforms=(new_head("mlm"), cached(str(tmp_path / "cache"))))
-    run = dataclasses.replace(run, task=MaskedToken())
+def test_what_a_stopped_writer_left_is_removed_and_a_full_disk_is_told(corpus, tmp_path, monkeypatch):
+    encoder = WIDE.replace(architecture="encoder", positions="learned")
+    data = Data(sources=(f"text:{corpus}/*.txt",), tokenizer="wordpiece:512", heldout=0.1)
+    masked = run_of(
+        corpus, tmp_path / "masked", model=encoder.replace(head="mlm"), data=data, task=MaskedToken(), steps=1
+    )
+    loop.train(masked)
+    transforms = (new_head("mlm"), cached(str(tmp_path / "cache")))
+    run = run_of(corpus, tmp_path / "run", model=encoder, data=data, task=MaskedToken(), steps=1, transforms=transforms)
     (tmp_path / "cache").mkdir()
     (tmp_path / "cache" / "00007.npz").write_bytes(b"half a shard")
 
     def full(*arguments, **arrays):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    masked = model.transform(model.load(teacher), new_head("mlm"), jax.random.key(0))
-    model.save(masked, tmp_path / "masked")
     with monkeypatch.context() as patched:
         patched.setattr(np, "savez", full)
         with pytest.raises(DataError, match="cache: no space left on the disk: the cache is not complete"):
