@@ -60,7 +60,7 @@ def ours(steps: int, devices: int) -> dict:
             return step.init_state(transformer.init(sizes, key), optimizer, key)
 
         placed = sharding.state_shardings(
-            mesh, jax.eval_shape(init, jax.random.key(0)), sharding.params_shardings(mesh, axes, shapes)
+            mesh, jax.eval_shape(init, jax.random.key(0)), shapes, sharding.params_shardings(mesh, axes, shapes)
         )
         state = jax.jit(init, out_shardings=placed)(jax.random.key(0))
         one = jax.jit(

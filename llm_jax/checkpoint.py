@@ -193,6 +193,34 @@ def load_params(path: Path, abstract: Any) -> tuple[Any, Card, str | None]:
     return loaded["params"], json.loads(files["card.json"]), files.get("tokenizer.json")
 
 
+def load_optimizer(path: Path, place: Callable[[Any], Any]) -> Any:
+    """The optimizer's state in the checkpoint of a run, as nested dicts and lists.
+
+    Args:
+        path: a checkpoint or a run's folder.
+        place: from the shapes and dtypes of that state to a sharding of each array.
+
+    Raises:
+        CheckpointError: missing or damaged, or of a model without a run.
+    """
+    path = find(path)
+    if "state" not in read_card(path)["hashes"]:
+        raise CheckpointError(
+            f"{path} holds a model without the state of an optimizer: only a run's checkpoint has one"
+        )
+    try:
+        saved = ocp.checkpointables_metadata(path).metadata["state"]
+        shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), saved)
+        loaded = ocp.load_checkpointables(path, {"state": abstract_like(shapes, place(shapes))})["state"]
+        if content_hash(loaded) != read_card(path)["hashes"]["state"]:
+            raise ValueError("the bits of 'state' are not those that were saved")
+    except UserError:
+        raise
+    except Exception as e:  # Orbax raises many kinds; for the user it is one
+        raise CheckpointError(f"checkpoint {path} is damaged: {_reason(e)}") from e
+    return loaded["opt_state"]
+
+
 def save_params(path: Path, params: Any, card: Card, tokenizer: str | None = None) -> None:
     """Write a checkpoint of the weights alone, with its card. Raises CheckpointError when `path` exists or the disk is full."""
     path = Path(path).absolute()

@@ -153,7 +153,9 @@ class _Session:
         self.counts = {name: found.card[name] for name in ("tokens", "flops")}
         self.results, self.best = found.card["results"], found.card["best"]
         self.inherited = {
-            name: found.card[name] for name in ("parents", "kept", "references", *cards.ORIGINS) if name in found.card
+            name: found.card[name]
+            for name in ("parents", "kept", "references", "moments", *cards.ORIGINS)
+            if name in found.card
         }
         others, hashes = parts.reference()
         for name, before in found.card.get("references", {}).items():
@@ -161,6 +163,9 @@ class _Session:
                 raise CheckpointError(
                     f"the model that the run reads as {name!r} has changed since {self.run.folder} was begun"
                 )
+        for name, stated in parts.card(found.params).items():
+            if name != "pruned" and json.loads(json.dumps(stated)) != found.card.get(name):
+                raise CheckpointError(f"what the run reads as {name!r} has changed since {self.run.folder} was begun")
         return step.TrainState(**{"params": found.params, **found.state, "reference": others})
 
     def carry_out(self, begin: float) -> dict[str, Any]:
@@ -172,6 +177,8 @@ class _Session:
                 self.metrics.say(f"resuming {run.folder} at step {self.start}")
             elif said := cost_told(self.parts, self.state.params):  # on every process: a card reads sharded weights
                 self.metrics.say(said)
+            if not self.resumed and (told := self.inherited.get("moments")):
+                self.metrics.say(f"moments {told}")
             while not self.ended:
                 self.one_step()
                 last = self.at == run.steps

@@ -252,7 +252,7 @@ def assemble(
     key = jax.random.key(run.seed)
     begin = None if run.start == "fresh" else models.abstract_params(began, mesh)
     abstract = jax.eval_shape(init, key, begin, aux)
-    placed = sharding.state_shardings(mesh, abstract, sharding.params_shardings(mesh, axes, shapes))
+    placed = sharding.state_shardings(mesh, abstract, shapes, sharding.params_shardings(mesh, axes, shapes))
     read, weights = _references(change, mesh)
     complete = placed._replace(reference=jax.tree.map(lambda x: x.sharding, read))
 
@@ -273,6 +273,8 @@ def assemble(
         state = make(key, started, aux)
         del started
         inherited["kept"] = list(_pruned(run))
+        if change.moments:
+            state, inherited["moments"] = _warm(run, mesh, state, placed, jax.random.split(key, 3)[1])
         others, hashes = reference()
         if hashes:
             inherited["references"] = hashes
@@ -306,6 +308,23 @@ def assemble(
         update,
         evaluate.make_eval_step(judged, judge),
     )
+
+
+def _warm(
+    run: Run, mesh: jax.sharding.Mesh, state: step.TrainState, placed: step.TrainState, key: Any
+) -> tuple[step.TrainState, str]:
+    """The state with the moments of the run that it starts from, grown by the run's transforms, and what was kept and what was not."""
+    assert run.model is not None
+    kind, path = models.locate(run.start) if run.start != "fresh" else ("fresh", None)
+    if path is None or kind != "checkpoint":
+        raise ConfigError(
+            f"carry_moments: the run starts from {run.start}, which no optimizer made: name a run's folder"
+        )
+    began = models.abstract_params(run.model, mesh)
+    where = jax.tree.map(lambda x: x.sharding, began)
+    held = checkpoint.load_optimizer(path, lambda saved: sharding.state_shardings(mesh, saved, began, where))
+    carried, told = tf.carry(run.transforms, run.model, held, state.opt_state, key)
+    return state._replace(opt_state=jax.device_put(carried, placed.opt_state)), told
 
 
 def cost_told(parts: Parts, params: Any) -> str:

@@ -87,14 +87,16 @@ def params_shardings(mesh: jax.sharding.Mesh, axes: Any, shapes: Any) -> Any:
     return jax.tree.map(lambda x, names: fitted(mesh, names, x.shape), shapes, axes)
 
 
-def state_shardings(mesh: jax.sharding.Mesh, state: Any, params: Any) -> Any:
-    """The sharding of each array of a train state: those of the params, and for a moment that of the parameter whose path ends its own.
+def state_shardings(mesh: jax.sharding.Mesh, state: Any, shapes: Any, params: Any) -> Any:
+    """The sharding of each array of a train state, or of a part of one: for a moment that of the parameter whose path ends its own.
 
     What no parameter's path and shape explain, such as counters and factored moments, is replicated.
+
+    Args:
+        shapes, params: the shape and the sharding of each parameter.
     """
     known = {
-        name: (x.shape, s)
-        for name, x, s in zip(tree.names(state.params), jax.tree.leaves(state.params), jax.tree.leaves(params))
+        name: (x.shape, s) for name, x, s in zip(tree.names(shapes), jax.tree.leaves(shapes), jax.tree.leaves(params))
     }
 
     def one(name: str, x: Any) -> NamedSharding:

@@ -172,7 +172,7 @@ def test_its_own_sizes_fit_together(path):
     assert all(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(state.params))
     wanted = {axis: -1 if n == -1 else min(n, 2) for axis, n in dataclasses.asdict(run.mesh).items()}
     mesh = sharding.make_mesh(config.Mesh(**wanted))
-    placed = sharding.state_shardings(mesh, state, sharding.params_shardings(mesh, axes, shapes))
+    placed = sharding.state_shardings(mesh, state, shapes, sharding.params_shardings(mesh, axes, shapes))
     held = sum(
         math.prod(s.shard_shape(x.shape)) for x, s in zip(jax.tree.leaves(state.params), jax.tree.leaves(placed.params))
     )

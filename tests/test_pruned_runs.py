@@ -15,7 +15,7 @@ from llm_jax.config import Batch, Checkpoint, Data, Eval, Optimizer, Run
 from llm_jax.errors import CheckpointError, ConfigError
 from llm_jax.models.config import ModelConfig
 from llm_jax.tasks import NextToken
-from llm_jax.transforms import densify, prune, shrink
+from llm_jax.transforms import densify, grow_depth, prune, shrink
 
 UP = "decoder/layers/mlp/up"
 
@@ -100,3 +100,18 @@ def test_weights_with_fewer_zeros_than_their_card_states_are_refused(pruned, tmp
     ):
         model.load(tmp_path / "filled")
     assert json.loads(json.dumps(loaded.card["pruned"])) == loaded.card["pruned"]
+
+
+def test_layers_that_a_growth_adds_to_a_pruned_model_learn(corpus, tmp_path, pruned):
+    """What was pruned stays zero in every copy; the last products of the new layer begin at zero and do not stay there."""
+    grown = tmp_path / "grown"
+    run = run_of(corpus, grown, start=str(pruned), model=None, transforms=(grow_depth(2, how="zero"),), steps=0)
+    loop.train(run)
+    begun = model.load(grown).params["decoder"]["layers"]["mlp"]
+    assert not np.any(np.asarray(begun["down"][1]))
+    loop.train(dataclasses.replace(run, steps=3, start=str(grown), transforms=(), workdir=str(tmp_path / "trained")))
+    loop.train(dataclasses.replace(run, steps=3, workdir=str(tmp_path / "at_once")))
+    for folder in ("trained", "at_once"):
+        layers = model.load(tmp_path / folder).params["decoder"]["layers"]["mlp"]
+        np.testing.assert_array_equal(np.asarray(layers["up"]) == 0, np.repeat(zeros(pruned), 2, axis=0))
+        assert np.mean(np.asarray(layers["down"][1]) != 0) > 0.9, folder  # but those of neurons that read nothing

@@ -173,7 +173,7 @@ def test_an_update_equals_that_of_one_device(mesh):
     state, metrics = jax.jit(update)(begin(c.params), c.batch)
     expected, metrics = jax.device_get(((state.params, state.opt_state), metrics))
     placed = sharding.state_shardings(
-        devices, jax.eval_shape(begin, shapes), sharding.params_shardings(devices, axes, shapes)
+        devices, jax.eval_shape(begin, shapes), shapes, sharding.params_shardings(devices, axes, shapes)
     )
     with jax.set_mesh(devices):
         state = jax.device_put(begin(c.params), placed)
@@ -221,11 +221,12 @@ def test_a_mesh_axis_is_used_once():
 def test_moments_lie_like_their_parameters(mesh):
     """By the end of their path; counters and what has another shape are whole on each device."""
     devices, sizes = mesh(data=2, fsdp=2, tensor=2), MODELS["decoder"][0]
-    params = sharding.params_shardings(devices, transformer.axes(sizes), transformer.shapes(sizes))
+    shapes = transformer.shapes(sizes)
+    params = sharding.params_shardings(devices, transformer.axes(sizes), shapes)
 
     def placed(optimizer):
         begin = functools.partial(step.init_state, optimizer=optimizer, key=jax.random.key(0))
-        return sharding.state_shardings(devices, jax.eval_shape(begin, transformer.shapes(sizes)), params)
+        return sharding.state_shardings(devices, jax.eval_shape(begin, shapes), shapes, params)
 
     state = placed(optax.chain(optax.clip(1.0), optax.adamw(1e-3)))
     adam = state.opt_state[1][0]

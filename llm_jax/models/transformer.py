@@ -224,6 +224,7 @@ def _stack(
     keep_hidden: bool,
     want_weights: bool,
     keep_inputs: bool,
+    revision: "Revision | None" = None,
 ) -> tuple[Array, Any]:
     """All layers of a stack: scanned over the leading axis, or one after the other on CPU and where there is a cache."""
     module = Block(config, cross)
@@ -238,8 +239,18 @@ def _stack(
             kept.cross if memory is not None else None,
             kept.hidden if keep_hidden else None,
             kept.weights,
-            read["inputs"] if keep_inputs else None,
+            read["inputs"] if keep_inputs or revision else None,
         )
+
+    if revision is not None:
+
+        def revised(x: Array, weights: Params) -> tuple[Array, Params]:
+            made = revision.visit(weights, layer(x, weights, None, None, None)[1].inputs)
+            return layer(x, made, None, None, None)[0], made
+
+        x, made = jax.lax.scan(revised, x, stacked)
+        revision.made.append(made)
+        return x, Kept(None, None, None, None)
 
     if config.remat != "none":
         policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if config.remat == "dots" else None
@@ -301,6 +312,7 @@ def _run(
         keep_hidden,
         want_weights,
         keep_inputs,
+        revision if (revision := _REVISION.get()) is not None and revision.side == side else None,
     )
     if config.norm_place == "pre":
         x = modules[f"{side}/norm"].apply({"params": params[side]["norm"]}, x)
@@ -382,6 +394,36 @@ def watched() -> Iterator[list[ModelConfig]]:
         yield found
     finally:
         _WATCHED.reset(token)
+
+
+class Revision(NamedTuple):
+    """New weights for each layer of a stack, made while a batch passes through it."""
+
+    side: str
+    visit: Callable[[Params, Params], Params]
+    made: list[Params]
+
+
+_REVISION: contextvars.ContextVar[Revision | None] = contextvars.ContextVar("revision", default=None)
+
+
+def revise(
+    config: ModelConfig, params: Params, batch: dict[str, Array], side: str, visit: Callable[[Params, Params], Params]
+) -> Params:
+    """The params with each layer of a stack replaced in turn, the first one first, in two passes of the batch through each layer.
+
+    Args:
+        side: encoder or decoder.
+        visit: from the weights of a layer, and what each of its products is multiplied with, (B, S, ...) under the path of the weight, when
+            the layers below it are replaced already, to its new weights, of the same shapes.
+    """
+    revision = Revision(side, visit, [])
+    token = _REVISION.set(revision)
+    try:
+        apply(config, params, batch, logits=False)
+    finally:
+        _REVISION.reset(token)
+    return {**params, side: {**params[side], "layers": revision.made[0]}}
 
 
 def apply(

@@ -9,7 +9,7 @@ from llm_jax.transforms.grow_width import grow_width
 from llm_jax.transforms.lengthen import lengthen
 from llm_jax.transforms.lora import lora, merge_lora
 from llm_jax.transforms.merge import merge
-from llm_jax.transforms.moments import carry
+from llm_jax.transforms.moments import carry, carry_moments
 from llm_jax.transforms.new_head import new_head
 from llm_jax.transforms.on_policy import on_policy
 from llm_jax.transforms.prune import densify, keep_zeros, prune
@@ -23,6 +23,7 @@ __all__ = [
     "anchor",
     "cached",
     "carry",
+    "carry_moments",
     "chain",
     "densify",
     "distil",

@@ -80,6 +80,8 @@ class Transform(NamedTuple):
     all changes; they are whole on every device, are kept where a stopped run goes on, and are no part of the model that a run leaves"""
     rows: _Rows = lambda batch, fingerprint: dict(batch)
     """what it adds, on the host, to the rows of a training batch of one process, given what their stream depends on (`Loader.fingerprint`)"""
+    moments: bool = False
+    """whether the optimizer goes on from its state in the run that the model comes from, grown with the model (`moments.carry`)"""
 
 
 IDENTITY = Transform(label="identity")
@@ -145,4 +147,5 @@ def chain(*transforms: Transform) -> Transform:
         return dict(batch)
 
     functions = (config, params, wrap("loss"), wrap("grad"), wrap("update"))
-    return Transform(*functions, label, reference, calibration, steps, card, extra, rows)
+    moments = any(transform.moments for transform in transforms)
+    return Transform(*functions, label, reference, calibration, steps, card, extra, rows, moments)

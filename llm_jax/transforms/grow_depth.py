@@ -76,7 +76,7 @@ def grow_depth(layers: int, *, decoder_layers: int = 0, how: str = "stack") -> T
         return made if made.decoder_depth == depth else made.replace(decoder_layers=depth)
 
     def grown(blank: str = "") -> Change:
-        """Leaves of layers copied; in copies those whose path `blank` matches are zero."""
+        """Leaves of layers copied; in copies those whose path `blank` matches are zero, a negative one where it is of a weight (`prune.removed`)."""
 
         def change(sizes: ModelConfig, params: Params, key: Array) -> Params:
             depths = stacks(sizes)
@@ -91,7 +91,7 @@ def grow_depth(layers: int, *, decoder_layers: int = 0, how: str = "stack") -> T
                 if not re.fullmatch(blank, name):
                     return x
                 copy = np.append(False, index[1:] == index[:-1]).reshape(-1, *(1,) * (x.ndim - 1))
-                return jnp.where(copy, 0, x).astype(x.dtype)
+                return jnp.where(copy, -0.0, x).astype(x.dtype)
 
             return tree.map_with_name(leaf, params)
 

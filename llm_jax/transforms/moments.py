@@ -59,13 +59,23 @@ KINDS = {
 """What a tree in an optimizer's state holds, by its name in optax; any other is reset"""
 
 
+def carry_moments() -> Transform:
+    """The optimizer of a run goes on from its state in the run that its model comes from, grown as the model is: see `carry`.
+
+    Without it a run begins with moments of zero. For a run that starts from another run's folder, with the same optimizer; of its other
+    changes those that touch weights must be growths. The run tells, and its card keeps, what was kept and what starts afresh.
+    """
+    return Transform(label="carry_moments()", moments=True)
+
+
 def carry(
     change: Transform | Sequence[Transform], config: ModelConfig, old_opt_state: Any, new_opt_state: Any, key: Array
 ) -> tuple[Any, str]:
     """The optimizer's state for the model after a growth, and a report of what was kept and what starts afresh.
 
-    Each tree like the params, found by the paths of its leaves and known by its name (`KINDS`), grows as `Growth` says; counters stay as
-    they are, but start again beside a tree that had to be reset, since they correct its bias. Factored moments (adafactor) and what has
+    Each tree like the params, found by the paths of its leaves and known by its name (`KINDS`), grows as `Growth` says; counters beside such
+    trees stay as they are, but start again beside one that had to be reset, since they correct its bias. A counter that stands alone is that
+    of a schedule, which begins anew. Factored moments (adafactor) and what has
     a meaning unknown here are reset, unless their parameter keeps its shape. adamax calls `nu` a maximum of magnitudes, not of squares,
     so that it grows too small here.
 
@@ -105,11 +115,17 @@ def carry(
             made[name] = grown[root][param]
         elif param and name in held and before[param].shape == now[param].shape and _same(held[name], new):
             made[name] = held[name]
+    every = {place(name)[0] for name in fresh if place(name)[1]}
     reset = {place(name)[0] for name in fresh if place(name)[1] and name not in made}
+
+    def beside(root: str, trees: set[str]) -> bool:
+        return any(other.rpartition("/")[0] == root for other in trees)
+
     for name, new in fresh.items():
         root, param = place(name)
-        beside = any(other.rpartition("/")[0] == root for other in reset)
-        if not param and not beside and name in held and _same(held[name], new):
+        if param or not beside(root, every) or beside(root, reset):
+            continue
+        if name in held and _same(held[name], new):
             made[name] = held[name]
     state = tree.map_with_name(lambda name, new: _put(made[name], new) if name in made else new, new_opt_state)
     return state, _report(fresh, made, place)

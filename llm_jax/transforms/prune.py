@@ -13,10 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import optax.contrib
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool
 
 from llm_jax import tree
 from llm_jax.errors import CheckpointError, ConfigError, choose
+from llm_jax.models import transformer
 from llm_jax.models.config import ModelConfig
 from llm_jax.models.transformer import Params
 from llm_jax.transforms import scores
@@ -73,8 +74,8 @@ def prune(
         straight_through: with a schedule: until `end` what is removed goes on being trained, by the gradient at zero, beside the params, and may
             come back (straight-through estimator; Bengio et al. 2013). Movement pruning is meant to be used so.
         batches: calibration rows that taylor, wanda and sparsegpt look at, in batches of the run.
-        sequential: wanda and sparsegpt look at each layer after those below it are pruned, as published, at the cost of one forward pass a
-            layer; else at all layers of the dense model in one.
+        sequential: wanda and sparsegpt look at each layer after those below it are pruned, as published: all the rows pass through the
+            layers together, twice; else at all layers of the dense model, batch by batch.
 
     Raises:
         ConfigError: a value that is not allowed, or arguments that do not go together.
@@ -183,35 +184,40 @@ def _layerwise(
 ) -> Params:
     """Each stack pruned by what its products are multiplied with: a layer at a time, those below it pruned already, or all at once."""
     groups = (rule.pattern.keep, rule.pattern.of) if rule.pattern.of else None
+    diagonal = rule.score == "wanda"
 
-    def pruned(w: Float[Array, "l I O"], moments: Array) -> Array:
-        if rule.score == "wanda":
+    def pruned(name: str, x: Array, moments: Array) -> Array:
+        w = matrix(name, x)
+        if diagonal:
             kept = select(rule, {"": scores.wanda(w, moments)}, {"": w})[""]
-            return jnp.where(kept, w, 0)
+            return jnp.where(kept, w, 0).reshape(x.shape).astype(x.dtype)
         one = functools.partial(scores.sparsegpt, sparsity=rule.sparsity, groups=groups)
-        return jax.lax.map(lambda each: one(*each), (w, moments))
+        return jax.lax.map(lambda each: one(*each), (w, moments)).reshape(x.shape).astype(x.dtype)
 
-    def stack(own: list[str], params: Params) -> Params:
-        depth = _named(params)[own[0]].shape[0]
-        width = 1 if sequential else depth
+    def in_turn(side: str, own: list[str], params: Params) -> Params:
+        rows = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), aux.batches)
 
-        def some(i: Array, params: Params) -> Params:
-            layers = i + jnp.arange(width)
-            moments = scores.second_moments(config, params, aux.batches, own, layers, diagonal=rule.score == "wanda")
+        def visit(weights: Params, read: Params) -> Params:
+            found = _named(read)
 
             def one(path: str, x: Array) -> Array:
-                if path not in own:
+                name = f"{side}/layers/{path}"
+                if name not in own:
                     return x
-                new = pruned(matrix(path, x[layers]), moments[path])
-                return x.at[layers].set(new.reshape(width, *x.shape[1:]).astype(x.dtype))
+                moments = scores.moments(config, rows, name, found[path][None], diagonal)
+                return pruned(name, x[None], moments)[0]
 
-            return tree.map_with_name(one, params)
+            return tree.map_with_name(one, weights)
 
-        return jax.lax.fori_loop(0, depth // width, some, params)
+        return transformer.revise(config, params, rows, side, visit)
+
+    def together(own: list[str], params: Params) -> Params:
+        moments = scores.second_moments(config, params, aux.batches, own, diagonal)
+        return tree.map_with_name(lambda name, x: pruned(name, x, moments[name]) if name in own else x, params)
 
     for side in ("encoder", "decoder"):
         if own := [name for name in chosen if name.startswith(f"{side}/")]:
-            params = stack(own, params)
+            params = in_turn(side, own, params) if sequential else together(own, params)
     return params
 
 
@@ -239,13 +245,13 @@ def _at(function: Callable[..., Any], kept: Any, x: Any, *more: Any) -> Any:
 
 
 def _hold(targets: Sequence[str]) -> Callable[[optax.GradientTransformation], optax.GradientTransformation]:
-    """An update after which the targets' weights that were zero at its start are zero: they have no gradient, and their update is -p."""
+    """An update after which the targets' weights that were removed at its start are zero: they have no gradient, and their update is -p."""
 
     def update(inner: optax.GradientTransformation) -> optax.GradientTransformation:
         rule = optax.with_extra_args_support(inner)
 
         def init(params: Any) -> PruneState:
-            kept = tree.map_with_name(lambda name, x: x != 0 if _matches(name, targets) else None, params)
+            kept = tree.map_with_name(lambda name, x: ~removed(x) if _matches(name, targets) else None, params)
             return PruneState(rule.init(params), kept)
 
         def step(updates, state, params=None, **extra):
@@ -361,10 +367,19 @@ def sparsities(params: Params, names: Sequence[str]) -> dict[str, float]:
     return {name: int(np.asarray(zeros[name], np.int64).sum()) / x.size for name, x in chosen.items()}
 
 
+def removed(x: Array) -> Bool[Array, "..."]:
+    """Where a weight is 0 and not -0: a growth gives new weights that begin at zero the negative one, so that no zero of theirs is a mask.
+
+    >>> removed(jnp.array([0.0, -0.0, 1.0])).tolist()
+    [True, False, False]
+    """
+    return (x == 0) & ~jnp.signbit(x)
+
+
 @jax.jit
 def _zeros(params: Any) -> Any:
-    """How many are zero in each weight, by its leading axis."""
-    return jax.tree.map(lambda x: jnp.sum(x == 0, axis=tuple(range(1, x.ndim))), params)
+    """How many are removed of each weight, by its leading axis."""
+    return jax.tree.map(lambda x: jnp.sum(removed(x), axis=tuple(range(1, x.ndim))), params)
 
 
 def pruned_card(params: Params, targets: Sequence[str] = TARGETS) -> dict[str, dict[str, float]]:

@@ -272,36 +272,33 @@ def gradients(loss: LossFn, params: Params, batches: dict[str, Array], chosen: A
 
 
 def second_moments(
-    config: ModelConfig,
-    params: Params,
-    batches: dict[str, Array],
-    names: Sequence[str],
-    layers: Array,
-    diagonal: bool = False,
+    config: ModelConfig, params: Params, batches: dict[str, Array], names: Sequence[str], diagonal: bool = False
 ) -> dict[str, Array]:
-    """sum_tokens x x^T of what each named weight is multiplied with in these layers, (l, I, I), or its diagonal, (l, I); padding is left out."""
+    """`moments` of what each named weight is multiplied with, summed over batches of which leaves are (N, B, ...)."""
 
     def one(batch: dict[str, Array]) -> dict[str, Array]:
         read = transformer.apply(config, params, batch, logits=False, inputs=True).inputs
-        found = {}
-        for name, x in zip(tree.names(read), jax.tree.leaves(read)):
-            if name not in names:
-                continue
-            x = x[layers].astype(jnp.float32)
-            segments = _segments(config, batch, name)
-            if segments is not None:
-                x = jnp.where(segments.reshape(1, *segments.shape, *(1,) * (x.ndim - 3)) != 0, x, 0)
-            x = x.reshape(x.shape[0], x.shape[1] * x.shape[2], -1)
-            if diagonal:
-                found[name] = jnp.sum(jnp.square(x), axis=1)
-            else:
-                found[name] = jnp.einsum("lti,ltj->lij", x, x, precision=EXACT)
-        return found
+        every = zip(tree.names(read), jax.tree.leaves(read))
+        return {name: moments(config, batch, name, x, diagonal) for name, x in every if name in names}
 
     zeros = jax.tree.map(
         lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(one, jax.tree.map(lambda x: x[0], batches))
     )
     return jax.lax.scan(lambda carry, batch: (jax.tree.map(jnp.add, carry, one(batch)), None), zeros, batches)[0]
+
+
+def moments(
+    config: ModelConfig, batch: dict[str, Array], name: str, x: Float[Array, "L B S ..."], diagonal: bool = False
+) -> Float[Array, "L I I"] | Float[Array, "L I"]:
+    """sum_tokens x x^T of each layer, or its diagonal; the padding of the stream that the named weight reads is left out."""
+    x = x.astype(jnp.float32)
+    segments = _segments(config, batch, name)
+    if segments is not None:
+        x = jnp.where(segments.reshape(1, *segments.shape, *(1,) * (x.ndim - 3)) != 0, x, 0)
+    x = x.reshape(x.shape[0], x.shape[1] * x.shape[2], -1)
+    if diagonal:
+        return jnp.sum(jnp.square(x), axis=1)
+    return jnp.einsum("lti,ltj->lij", x, x, precision=EXACT)
 
 
 def _segments(config: ModelConfig, batch: dict[str, Array], name: str) -> Array | None:

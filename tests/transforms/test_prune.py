@@ -565,7 +565,7 @@ def test_masks_lie_with_their_weights(problem, mesh, change):
 
     with jax.set_mesh(here):
         params, key = jax.device_put(problem.params, placed), jax.random.key(0)
-        where = sharding.state_shardings(here, jax.eval_shape(init, params, key), placed)
+        where = sharding.state_shardings(here, jax.eval_shape(init, params, key), params, placed)
         state = jax.jit(init, out_shardings=where, compiler_options=FAST)(params, key)
         step = jax.jit(
             make_step(problem.loss, change.grad(problem.grad), optimizer),
