@@ -115,3 +115,9 @@ def test_layers_that_a_growth_adds_to_a_pruned_model_learn(corpus, tmp_path, pru
         layers = model.load(tmp_path / folder).params["decoder"]["layers"]["mlp"]
         np.testing.assert_array_equal(np.asarray(layers["up"]) == 0, np.repeat(zeros(pruned), 2, axis=0))
         assert np.mean(np.asarray(layers["down"][1]) != 0) > 0.9, folder  # but those of neurons that read nothing
+
+
+def test_the_average_of_what_is_pruned_is_zero(corpus, tmp_path):
+    run = run_of(corpus, tmp_path / "averaged", optimizer=Optimizer(learning_rate=1e-2, moving_average=0.9))
+    loop.train(run)
+    assert zeros(run.folder).mean() == 0.75

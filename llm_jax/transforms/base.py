@@ -5,9 +5,10 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Protocol
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array
+from jaxtyping import Array, Bool
 
 from llm_jax.errors import ConfigError
 from llm_jax.losses import GradFn, LossFn
@@ -149,3 +150,12 @@ def chain(*transforms: Transform) -> Transform:
     functions = (config, params, wrap("loss"), wrap("grad"), wrap("update"))
     moments = any(transform.moments for transform in transforms)
     return Transform(*functions, label, reference, calibration, steps, card, extra, rows, moments)
+
+
+def removed(x: Array) -> Bool[Array, "..."]:
+    """Where a weight is 0 and not -0: a growth gives new weights that begin at zero the negative one, so that no zero of theirs is a mask.
+
+    >>> removed(jnp.array([0.0, -0.0, 1.0])).tolist()
+    [True, False, False]
+    """
+    return (x == 0) & ~jnp.signbit(x)

@@ -3,9 +3,10 @@
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import optax
 
-from llm_jax.transforms.base import IDENTITY, Transform
+from llm_jax.transforms.base import IDENTITY, Transform, removed
 
 
 class MovingAverageState(NamedTuple):
@@ -16,7 +17,10 @@ class MovingAverageState(NamedTuple):
 
 
 def moving_average(decay: float) -> Transform:
-    """average <- decay * average + (1 - decay) * params after each update, from the initial params (Polyak and Juditsky 1992)."""
+    """average <- decay * average + (1 - decay) * params after each update, from the initial params (Polyak and Juditsky 1992).
+
+    The average of a weight that is removed is 0, so that pruning is seen in it too.
+    """
     if not decay:
         return IDENTITY
 
@@ -28,15 +32,13 @@ def moving_average(decay: float) -> Transform:
 
         def step(updates, state, params, **extra):
             updates, below = inner.update(updates, state.inner, params, **extra)
-            average = jax.tree.map(
-                lambda u, a, p: (
-                    a if u is None else decay * a + (1 - decay) * (p + u)
-                ),  # None: a transform inside froze it
-                updates,
-                state.average,
-                params,
-                is_leaf=lambda u: u is None,
-            )
+
+            def one(u: Any, a: Any, p: Any) -> Any:
+                if u is None:  # a transform inside froze it
+                    return a
+                return jnp.where(removed(p + u), 0, decay * a + (1 - decay) * (p + u))
+
+            average = jax.tree.map(one, updates, state.average, params, is_leaf=lambda u: u is None)
             return updates, MovingAverageState(below, average)
 
         return optax.GradientTransformationExtraArgs(init, step)

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import optax.contrib
-from jaxtyping import Array, Bool
+from jaxtyping import Array
 
 from llm_jax import tree
 from llm_jax.errors import CheckpointError, ConfigError, choose
@@ -21,8 +21,8 @@ from llm_jax.models import transformer
 from llm_jax.models.config import ModelConfig
 from llm_jax.models.transformer import Params
 from llm_jax.transforms import scores
-from llm_jax.transforms.base import IDENTITY, Calibration, Transform
-from llm_jax.transforms.scores import Rule, matrix, parse_pattern, select
+from llm_jax.transforms.base import IDENTITY, Calibration, Transform, removed
+from llm_jax.transforms.scores import Rule, limits, matrix, parse_pattern, select, within
 
 TARGETS = (r".*/layers/(attention|cross)/(query|key|value|out)", r".*/layers/mlp/(up|gate|down)")
 """The matrices of the products in the layers"""
@@ -222,17 +222,20 @@ def _layerwise(
 
 
 class PruneState(NamedTuple):
-    """The inner optimizer's state, and what pruning keeps beside it; trees like the trained params, with None where nothing is pruned."""
+    """The inner optimizer's state, and what pruning on a schedule keeps beside it; trees like the trained params, None where nothing is pruned."""
 
     inner: Any
-    kept: Any
-    """false where a weight is held at zero"""
-    step: Any = None
-    """updates made, on a schedule"""
+    step: Array
+    """updates made"""
     hidden: Any = None
     """straight through: the weights as they would be if none were removed"""
     movement: Any = None
     """the scores of movement pruning"""
+
+
+def _kept(params: Any, targets: Sequence[str]) -> Any:
+    """False where a target's weight is removed, None at other weights: no mask is stored, the zeros are it."""
+    return tree.map_with_name(lambda name, p: ~removed(p) if _matches(name, targets) else None, params)
 
 
 def _at(function: Callable[..., Any], kept: Any, x: Any, *more: Any) -> Any:
@@ -244,23 +247,24 @@ def _at(function: Callable[..., Any], kept: Any, x: Any, *more: Any) -> Any:
     return jax.tree.map(one, kept, x, *more, is_leaf=lambda leaf: leaf is None)
 
 
+def _settled(kept: Array, u: Array, p: Array) -> Array:
+    """The update after which a weight is 0 if it is not kept, and only then: one that would end at 0 by chance, or leave a -0, waits."""
+    return jnp.where(kept, jnp.where((u == 0) | (u == -p), -0.0, u), -p)
+
+
 def _hold(targets: Sequence[str]) -> Callable[[optax.GradientTransformation], optax.GradientTransformation]:
-    """An update after which the targets' weights that were removed at its start are zero: they have no gradient, and their update is -p."""
+    """An update that leaves the targets' weights that are removed at zero: they have no gradient, and their update is -p."""
 
     def update(inner: optax.GradientTransformation) -> optax.GradientTransformation:
         rule = optax.with_extra_args_support(inner)
 
-        def init(params: Any) -> PruneState:
-            kept = tree.map_with_name(lambda name, x: ~removed(x) if _matches(name, targets) else None, params)
-            return PruneState(rule.init(params), kept)
-
         def step(updates, state, params=None, **extra):
-            updates = _at(lambda kept, g: jnp.where(kept, g, 0), state.kept, updates)
-            updates, below = rule.update(updates, state.inner, params, **extra)
-            updates = _at(lambda kept, u, p: jnp.where(kept, u, -p), state.kept, updates, params)
-            return updates, state._replace(inner=below)
+            kept = _kept(params, targets)
+            updates = _at(lambda kept, g: jnp.where(kept, g, 0), kept, updates)
+            updates, state = rule.update(updates, state, params, **extra)
+            return _at(_settled, kept, updates, params), state
 
-        return optax.GradientTransformationExtraArgs(init, step)
+        return optax.GradientTransformationExtraArgs(rule.init, step)
 
     return update
 
@@ -268,20 +272,8 @@ def _hold(targets: Sequence[str]) -> Callable[[optax.GradientTransformation], op
 def _gradual(
     rule: Rule, schedule: tuple[int, int, int], straight_through: bool
 ) -> Callable[[optax.GradientTransformation], optax.GradientTransformation]:
-    """An update that removes weights on the schedule. The choice is made anew only when it is due; else it costs a select."""
+    """An update that removes weights on the schedule. Where the choice lies is found when it is due alone; else it costs a comparison."""
     begin, end, every = schedule
-
-    def chosen_now(kept: Any, weights: Any, movement: Any, step: Array) -> Any:
-        found = {name: matrix(name, x) for name, x in _named(weights).items() if name in names(kept)}
-        if rule.score == "movement":
-            worth = {name: matrix(name, x) for name, x in _named(movement).items()}
-        else:
-            worth = {name: scores.magnitude(x) for name, x in found.items()}
-        stays = select(rule, worth, found, cubic(step, begin, end, 1.0))
-        return tree.map_with_name(lambda name, x: stays[name].reshape(x.shape), kept)
-
-    def names(kept: Any) -> set[str]:
-        return set(tree.names(kept))
 
     def update(inner: optax.GradientTransformation) -> optax.GradientTransformation:
         optimizer = optax.with_extra_args_support(inner)
@@ -298,16 +290,11 @@ def _gradual(
             def zeros() -> Any:
                 return jax.tree.map(jnp.zeros_like, targets)
 
-            return PruneState(
-                below,
-                jax.tree.map(lambda x: jnp.ones(x.shape, bool), targets),
-                jnp.zeros((), jnp.int32),
-                zeros() if straight_through else None,
-                zeros() if rule.score == "movement" else None,
-            )
+            hidden, movement = zeros() if straight_through else None, zeros() if rule.score == "movement" else None
+            return PruneState(below, jnp.zeros((), jnp.int32), hidden, movement)
 
         def step(updates, state, params=None, **extra):
-            before, now, movement, hidden = state.kept, state.step + 1, state.movement, state.hidden
+            before, now, movement, hidden = _kept(params, rule.targets), state.step + 1, state.movement, state.hidden
             weights = params
             if straight_through:
                 weights = _at(lambda kept, p, h: jnp.where(kept, p, h), before, params, hidden)
@@ -316,13 +303,24 @@ def _gradual(
             trained = now <= end if straight_through else False
             updates = _at(lambda kept, g: jnp.where(kept | trained, g, 0), before, updates)
             updates, below = optimizer.update(updates, state.inner, weights, **extra)
+
+            chosen = {name: matrix(name, x) for name, x in _named(weights).items() if name in _named(before)}
+            worth = {
+                name: matrix(name, _named(movement)[name]) if rule.score == "movement" else scores.magnitude(x)
+                for name, x in chosen.items()
+            }
             due = (now > begin) & (now <= end) & ((now - begin) % every == 0)
-            kept = jax.lax.cond(due, lambda: chosen_now(before, weights, movement, now), lambda: before)
+
+            def found() -> Any:
+                return limits(rule, worth, chosen, cubic(now, begin, end, 1.0))
+
+            nowhere = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(found))
+            stays = within(rule, jax.lax.cond(due, found, lambda: nowhere), worth, chosen)
+            kept = tree.map_with_name(lambda name, x: jnp.where(due, stays[name].reshape(x.shape), x), before)
             if straight_through:
                 hidden = _at(lambda _, h, w, u: w + u, before, hidden, weights, updates)
                 updates = _at(lambda was, u, h: jnp.where(was, u, h), before, updates, hidden)
-            updates = _at(lambda kept, u, p: jnp.where(kept, u, -p), kept, updates, params)
-            return updates, PruneState(below, kept, now, hidden, movement)
+            return _at(_settled, kept, updates, params), PruneState(below, now, hidden, movement)
 
         return optax.GradientTransformationExtraArgs(init, step)
 
@@ -365,15 +363,6 @@ def sparsities(params: Params, names: Sequence[str]) -> dict[str, float]:
     chosen = {name: x for name, x in _named(params).items() if _matches(name, names)}
     zeros = _zeros(chosen)
     return {name: int(np.asarray(zeros[name], np.int64).sum()) / x.size for name, x in chosen.items()}
-
-
-def removed(x: Array) -> Bool[Array, "..."]:
-    """Where a weight is 0 and not -0: a growth gives new weights that begin at zero the negative one, so that no zero of theirs is a mask.
-
-    >>> removed(jnp.array([0.0, -0.0, 1.0])).tolist()
-    [True, False, False]
-    """
-    return (x == 0) & ~jnp.signbit(x)
 
 
 @jax.jit

@@ -166,14 +166,29 @@ def _inverse_factor(hessian: Float[Array, "I I"], damping: float, total: int) ->
     return jax.scipy.linalg.solve_triangular(r, identity, lower=False)
 
 
+Limits = tuple[Array, Array]
+"""The greatest value, as `_ordered` has it, and the place among equal ones, below which entries are chosen"""
+
+
 def smallest(arrays: Sequence[Array], count: Any, axes: tuple[int, ...]) -> list[Bool[Array, "..."]]:
-    """True at exactly `count` values over `axes`, of all arrays together: the smallest, and of equal ones the first.
+    """True at exactly `count` values over `axes`, of all arrays together: the smallest, and of equal ones the first."""
+    return below(arrays, bisect(arrays, count, axes), axes)
+
+
+def below(arrays: Sequence[Array], found: Limits, axes: tuple[int, ...]) -> list[Bool[Array, "..."]]:
+    """True at the values that `bisect` found to be the smallest."""
+    limit, last = found
+    return [(x < limit) | ((x == limit) & (at < last)) for x, at in zip(map(_ordered, arrays), _places(arrays, axes))]
+
+
+def bisect(arrays: Sequence[Array], count: Any, axes: tuple[int, ...]) -> Limits:
+    """Where the `count` smallest values over `axes`, of all arrays together, and of equal ones the first, end.
 
     What a stable sort would choose, found by bisection over the bits of the values and then over the places of the equal ones: 64 passes that
     only count, in which sharded arrays stay where they are. Up to 2^32 values are told apart.
     """
 
-    def bisect(below: Callable[[Array], Array], shape: Any) -> Array:
+    def greatest(below: Callable[[Array], Array], shape: Any) -> Array:
         """The greatest number of 32 bits with below(number) <= what is wanted."""
 
         def bit(i: Array, found: Array) -> Array:
@@ -185,24 +200,25 @@ def smallest(arrays: Sequence[Array], count: Any, axes: tuple[int, ...]) -> list
     def counted(each: Sequence[Array]) -> Array:
         return sum(jnp.sum(x, axis=axes, keepdims=True, dtype=jnp.uint32) for x in each)  # type: ignore[return-value]
 
-    def place(x: Array, offset: int) -> Array:
-        found = jnp.zeros((), jnp.uint32)
-        for axis in axes:
-            found = found * x.shape[axis] + jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
-        return found + jnp.uint32(offset)
-
     wanted = jnp.asarray(count, jnp.uint32)
     shape = tuple(1 if i in axes else n for i, n in enumerate(arrays[0].shape))
-    values = [_ordered(x) for x in arrays]
-    sizes = [math.prod(x.shape[axis] for axis in axes) for x in arrays]
-    limit = bisect(lambda t: counted([x < t for x in values]) <= wanted, shape)
+    values, places = [_ordered(x) for x in arrays], _places(arrays, axes)
+    limit = greatest(lambda t: counted([x < t for x in values]) <= wanted, shape)
     rest = wanted - counted([x < limit for x in values])
+    last = greatest(lambda t: counted([(x == limit) & (at < t) for x, at in zip(values, places)]) <= rest, shape)
+    return limit, last
 
-    def first(t: Array) -> list[Array]:
-        return [(x == limit) & (place(x, sum(sizes[:i])) < t) for i, x in enumerate(values)]
 
-    last = bisect(lambda t: counted(first(t)) <= rest, shape)
-    return [(x < limit) | tie for x, tie in zip(values, first(last))]
+def _places(arrays: Sequence[Array], axes: tuple[int, ...]) -> list[Array]:
+    """The number of each entry over `axes`, counted on from array to array."""
+    found, offset = [], 0
+    for x in arrays:
+        place = jnp.zeros((), jnp.uint32)
+        for axis in axes:
+            place = place * x.shape[axis] + jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
+        found.append(place + jnp.uint32(offset))
+        offset += math.prod(x.shape[axis] for axis in axes)
+    return found
 
 
 def _ordered(x: Array) -> Array:
@@ -211,27 +227,47 @@ def _ordered(x: Array) -> Array:
     return jnp.where(bits >> 31 == 1, ~bits, bits | jnp.uint32(1 << 31))
 
 
-def select(rule: Rule, worth: Matrices, weights: Matrices, share: Any = 1.0) -> dict[str, Bool[Array, "L I O"]]:
-    """True for the weights that stay when round(sparsity * size) of each group go, times `share`, those that are zero already first.
+def select(rule: Rule, worth: Matrices, weights: Matrices) -> dict[str, Bool[Array, "L I O"]]:
+    """True for the weights that stay when round(sparsity * size) of each group go, those that are zero already first.
 
     A group is a layer's matrix, all matrices together (scope "global"), each output (wanda) or every M inputs of an output (N:M, of which
     M - N go). A block is worth the sum of its weights; blocks are counted in place of weights.
     """
-    pattern = rule.pattern
-    pooled = {name: _pool(pattern, worth[name], weights[name]) for name in worth}
-    axes: tuple[int, ...] = (2,) if pattern.of else (1,) if rule.score == "wanda" else (1, 2)
+    return within(rule, limits(rule, worth, weights), worth, weights)
 
-    def least(arrays: list[Array], axes: tuple[int, ...]) -> list[Array]:
+
+def limits(rule: Rule, worth: Matrices, weights: Matrices, share: Any = 1.0) -> dict[str, Limits]:
+    """Where the choice of `select` ends in each group when `share` of what goes in the end goes now."""
+    axes = _compared(rule)
+
+    def found(arrays: list[Array], axes: tuple[int, ...]) -> Limits:
         size = sum(math.prod(x.shape[axis] for axis in axes) for x in arrays)
-        count = pattern.of - pattern.keep if pattern.of else round(rule.sparsity * size)
+        count = rule.pattern.of - rule.pattern.keep if rule.pattern.of else round(rule.sparsity * size)
         now = jnp.asarray(jnp.round(count * share), jnp.uint32)
-        return smallest(arrays, jnp.where(share >= 1, jnp.uint32(count), now), axes)
+        return bisect(arrays, jnp.where(share >= 1, jnp.uint32(count), now), axes)
 
+    pooled = {name: _pool(rule.pattern, worth[name], weights[name]) for name in worth}
     if rule.scope == "global":
-        removed = dict(zip(pooled, least(list(pooled.values()), (0, 1, 2))))
+        return {"": found(list(pooled.values()), axes)}
+    return {name: found([x], axes) for name, x in pooled.items()}
+
+
+def within(rule: Rule, found: dict[str, Limits], worth: Matrices, weights: Matrices) -> dict[str, Bool[Array, "L I O"]]:
+    """True for the weights that stay, by the limits of each group."""
+    axes = _compared(rule)
+    pooled = {name: _pool(rule.pattern, worth[name], weights[name]) for name in worth}
+    if rule.scope == "global":
+        gone = dict(zip(pooled, below(list(pooled.values()), found[""], axes)))
     else:
-        removed = {name: least([x], axes)[0] for name, x in pooled.items()}
-    return {name: ~_spread(pattern, x, weights[name].shape) for name, x in removed.items()}
+        gone = {name: below([x], found[name], axes)[0] for name, x in pooled.items()}
+    return {name: ~_spread(rule.pattern, x, weights[name].shape) for name, x in gone.items()}
+
+
+def _compared(rule: Rule) -> tuple[int, ...]:
+    """The axes of what `_pool` makes over which worths are compared."""
+    if rule.scope == "global":
+        return (0, 1, 2)
+    return (2,) if rule.pattern.of else (1,) if rule.score == "wanda" else (1, 2)
 
 
 def _pool(pattern: Pattern, worth: Array, weights: Array) -> Array:
