@@ -253,16 +253,18 @@ def _settled(kept: Array, u: Array, p: Array) -> Array:
 
 
 def _hold(targets: Sequence[str]) -> Callable[[optax.GradientTransformation], optax.GradientTransformation]:
-    """An update that leaves the targets' weights that are removed at zero: they have no gradient, and their update is -p."""
+    """An update that leaves the targets' weights that are removed at zero: theirs is -p, whatever the rule says, and that of others what it says.
+
+    Gradient and moments of what is removed are left as they are: to mask them, wherever it is done, costs reading the weights in each pass
+    over the gradient, 4% of a step of MiniLM.
+    """
 
     def update(inner: optax.GradientTransformation) -> optax.GradientTransformation:
         rule = optax.with_extra_args_support(inner)
 
         def step(updates, state, params=None, **extra):
-            kept = _kept(params, targets)
-            updates = _at(lambda kept, g: jnp.where(kept, g, 0), kept, updates)
             updates, state = rule.update(updates, state, params, **extra)
-            return _at(_settled, kept, updates, params), state
+            return _at(_settled, _kept(params, targets), updates, params), state
 
         return optax.GradientTransformationExtraArgs(rule.init, step)
 
@@ -272,7 +274,7 @@ def _hold(targets: Sequence[str]) -> Callable[[optax.GradientTransformation], op
 def _gradual(
     rule: Rule, schedule: tuple[int, int, int], straight_through: bool
 ) -> Callable[[optax.GradientTransformation], optax.GradientTransformation]:
-    """An update that removes weights on the schedule. Where the choice lies is found when it is due alone; else it costs a comparison."""
+    """An update that removes weights on the schedule. The choice is made when it is due alone; else it costs a select."""
     begin, end, every = schedule
 
     def update(inner: optax.GradientTransformation) -> optax.GradientTransformation:
@@ -300,23 +302,26 @@ def _gradual(
                 weights = _at(lambda kept, p, h: jnp.where(kept, p, h), before, params, hidden)
             if rule.score == "movement":
                 movement = _at(lambda _, s, w, g: scores.movement(s, w, g), before, movement, weights, updates)
-            trained = now <= end if straight_through else False
-            updates = _at(lambda kept, g: jnp.where(kept | trained, g, 0), before, updates)
             updates, below = optimizer.update(updates, state.inner, weights, **extra)
 
-            chosen = {name: matrix(name, x) for name, x in _named(weights).items() if name in _named(before)}
-            worth = {
-                name: matrix(name, _named(movement)[name]) if rule.score == "movement" else scores.magnitude(x)
-                for name, x in chosen.items()
-            }
             due = (now > begin) & (now <= end) & ((now - begin) % every == 0)
 
-            def found() -> Any:
-                return limits(rule, worth, chosen, cubic(now, begin, end, 1.0))
+            def matrices(weights: Any) -> dict[str, Array]:
+                return {name: matrix(name, x) for name, x in _named(weights).items() if name in _named(before)}
 
-            nowhere = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(found))
-            stays = within(rule, jax.lax.cond(due, found, lambda: nowhere), worth, chosen)
-            kept = tree.map_with_name(lambda name, x: jnp.where(due, stays[name].reshape(x.shape), x), before)
+            def worth(chosen: dict[str, Array], movement: dict[str, Array]) -> dict[str, Array]:
+                return movement or {name: scores.magnitude(x) for name, x in chosen.items()}
+
+            def found(chosen: dict[str, Array], movement: dict[str, Array]) -> Any:
+                return limits(rule, worth(chosen, movement), chosen, cubic(now, begin, end, 1.0))
+
+            chosen, moved = matrices(weights), matrices(movement)
+            nowhere = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(found, chosen, moved))
+            ends = jax.lax.cond(due, found, lambda *_: nowhere, chosen, moved)
+            stays = within(rule, ends, worth(chosen, moved), chosen)
+            stays = tree.map_with_name(lambda name, x: stays[name].reshape(x.shape), before)
+            come_back = due & straight_through
+            kept = jax.tree.map(lambda was, now: (was | come_back) & now, before, stays)
             if straight_through:
                 hidden = _at(lambda _, h, w, u: w + u, before, hidden, weights, updates)
                 updates = _at(lambda was, u, h: jnp.where(was, u, h), before, updates, hidden)
