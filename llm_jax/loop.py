@@ -147,8 +147,7 @@ class _Session:
             self.accounting, self.counts = Accounting(), {"tokens": 0.0, "flops": 0.0}
             state, self.inherited = parts.init()
             return state
-        places = found.data["loader"]
-        parts.train.set_state(places[jax.process_index() % len(places)])
+        parts.train.set_state(*found.data["loader"])
         self.accounting = Accounting(found.data["accounting"] if self.lead else None)
         self.counts = {name: found.card[name] for name in ("tokens", "flops")}
         self.results, self.best = found.card["results"], found.card["best"]

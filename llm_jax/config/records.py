@@ -55,8 +55,10 @@ class Data:
     """bytes that are not UTF-8: error or skip (counted)"""
     window: int = 4096
     """pieces held for shuffling"""
+    shards: int = 1
+    """streams that documents are dealt out to, each of an equal part of the rows: more than one where hosts should not all read everything"""
     workers: int = 0
-    """processes that prepare batches; 0 for a thread"""
+    """processes that prepare the rows of each shard; 0 for a thread"""
     max_dropped: float = 0.05
     """share of examples dropped, of tokens lost, or of rows with nothing to predict that stops the run"""
 
@@ -64,7 +66,7 @@ class Data:
         choose("data.long", self.long, ("split", "truncate", "drop", "error"))
         choose("data.invalid", self.invalid, ("error", "skip"))
         fraction(self, "data", "heldout", "max_dropped")
-        positive(self, "data", "window")
+        positive(self, "data", "window", "shards")
         positive(self, "data", "workers", least=0)
         if self.weights and len(self.weights) != len(self.sources):
             raise ConfigError(f"data.weights has {len(self.weights)} values for {len(self.sources)} data.sources")

@@ -1,6 +1,6 @@
 """From the documents of some sources to the batches of a run, as one Grain pipeline.
 
-Responsible for the order of documents, the shares of processes and worker processes, the mixture of sources, and for a
+Responsible for the order of documents, the shares of shards and worker processes, the mixture of sources, and for a
 stream that is a pure function of the config and can be stopped and continued at any batch. Reading and cutting
 documents is the business of `documents.py` and the task, packing that of `packing.py`, sums over a run that of
 `accounting.py`, arrays on devices that of the train loop.
@@ -67,13 +67,13 @@ class Rows(NamedTuple):
 class Loader:
     """Iterates over the `Rows` of this process, `batch.size / process_count` rows each.
 
-    Training never ends: each process reads every `process_count`-th document, reshuffled each epoch; the pieces of the
-    sources are mixed by weight, then shuffled and packed in windows of `data.window`. The stream depends on the config,
-    the seed, and the numbers of processes and of `data.workers`.
+    Training never ends. The documents are dealt out to `data.shards` streams, each of which fills an equal part of the rows of
+    every batch: it reads its documents, reshuffled each epoch, mixes the pieces of the sources by weight, and shuffles and
+    packs them in windows of `data.window`. A process makes the streams that its rows come from and keeps its rows: so the
+    batches depend on the config, the seed, `data.shards` and `data.workers`, and not on the number of processes.
 
-    Evaluation ends: all held-out documents once, in order, read by a thread whatever `data.workers` is, the same at any
-    seed. Each process makes all rows and keeps its part of each global batch, so that all have equally many batches and
-    the rows do not depend on the number of processes; empty rows fill up the last batch.
+    Evaluation ends: all held-out documents once, in order, in one stream, read by a thread whatever `data.workers` is, the
+    same at any seed; empty rows fill up the last batch.
 
     Args:
         sources: as given by `documents.open_sources(data, split)`.
@@ -82,7 +82,7 @@ class Loader:
     Raises:
         ConfigError: rows, processes, buckets or weights that do not go together; a label for each example of packed
         rows.
-        DataError: no documents for this split or process, none that yields an example, an example that no row holds.
+        DataError: no documents for this split or one of its shards, none that yields an example, an example that no row holds.
     """
 
     def __init__(
@@ -104,12 +104,12 @@ class Loader:
         self._split = choose("split", split, SPLITS)
         self._train = split == "train" and not once
         self._seed = seed if self._train else 0
-        self._workers = data.workers if self._train else 0
+        self._workers, self._shards = (data.workers, data.shards) if self._train else (0, 1)
         self._lengths = sorted({*data.buckets, batch.length})
         self._check()
         self._documents = [documents(source, data, split) for source in self._sources]
         self._salt, self._batches = 0, 0
-        self._iterator = self._make()
+        self._iterators = self._make()
 
     def _check(self) -> None:
         data, length, processes = self._data, self._batch.length, self._processes
@@ -117,14 +117,21 @@ class Loader:
             raise ConfigError("data.sources is empty: name one, e.g. text:corpus/*.txt")
         if self._batch.size % processes:
             raise ConfigError(f"batch.size {self._batch.size} is not a multiple of the {processes} processes")
+        if self._batch.size % self._shards:
+            raise ConfigError(f"batch.size {self._batch.size} is not a multiple of data.shards {self._shards}")
+        if self._shards % processes and processes % self._shards:
+            raise ConfigError(
+                f"data.shards {self._shards} and the {processes} processes: one must be a multiple of the other, so that each "
+                "process reads whole shards or a part of one"
+            )
         if data.pack and data.buckets:
             raise ConfigError("data.buckets are for rows of one example: set data.pack to False")
         if self._lengths[-1] > length:
             raise ConfigError(f"data.buckets has {self._lengths[-1]}, but batch.length is {length}")
-        if processes > 1 and len(self._lengths) > 1:
+        if self._shards > 1 and len(self._lengths) > 1:
             raise ConfigError(
-                f"data.buckets {data.buckets} would give the {processes} processes batches of different "
-                "shapes: leave them empty, or set data.pack"
+                f"data.buckets {data.buckets} would give the {self._shards} shards rows of different "
+                "lengths: leave them empty, or set data.shards to 1"
             )
 
     def _capacity(self, length: int) -> dict[str, int]:
@@ -132,25 +139,22 @@ class Loader:
         lengths = self._task.lengths(length)
         return {stream: lengths[stream] for stream in STREAMS if stream in lengths}
 
-    def _seed_of(self, *what: str | int) -> int:
-        """A seed for one purpose, unlike those for other purposes, processes and seeds of the run."""
-        process = self._process if self._train else 0
-        return zlib.crc32(repr((self._seed, self._salt, process, what)).encode())
+    def _seed_of(self, shard: int, *what: str | int) -> int:
+        """A seed for one purpose, unlike those for other purposes, shards and seeds of the run."""
+        return zlib.crc32(repr((self._seed, self._salt, shard, what)).encode())
 
-    def _pairs(self, which: int) -> np.ndarray:
-        """(N, 2) source and record number of the documents of a source that this process reads."""
-        numbers = self._documents[which]
-        if self._train:
-            numbers = numbers[self._process :: self._processes]
+    def _pairs(self, which: int, shard: int) -> np.ndarray:
+        """(N, 2) source and record number of the documents of a source that a shard holds."""
+        numbers = self._documents[which][shard :: self._shards]
         if not len(numbers):
             raise DataError(
                 f"{self._sources[which].spec}: {len(self._documents[which])} documents for "
-                f"{self._processes} processes: process {self._process} has none"
+                f"data.shards {self._shards}: shard {shard} has none"
             )
         return np.stack([np.full_like(numbers, which), numbers], axis=1)
 
-    def _pieces(self) -> grain.IterDataset:
-        """The pieces of all sources: mixed without end, or one source after the other, once."""
+    def _pieces(self, shard: int) -> grain.IterDataset:
+        """The pieces of all sources in a shard: mixed without end, or one source after the other, once."""
         read = Read(
             self._sources,
             self._tokenizer,
@@ -161,38 +165,46 @@ class Loader:
         )
         # Grain's reading threads would gain nothing: encoding a text holds the interpreter's lock.
         inline = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
-        pairs = [self._pairs(which) for which in range(len(self._sources))]
+        pairs = [self._pairs(which, shard) for which in range(len(self._sources))]
         if not self._train:
             pairs = [np.concatenate(pairs)]
         parts = []
         for which, part in enumerate(pairs):
             dataset = grain.MapDataset.source(part)
             if self._train:
-                dataset = dataset.shuffle(self._seed_of("documents", which)).repeat()
-            dataset = dataset.random_map(read, seed=self._seed_of("examples", which))
+                dataset = dataset.shuffle(self._seed_of(shard, "documents", which)).repeat()
+            dataset = dataset.random_map(read, seed=self._seed_of(shard, "examples", which))
             # Over the border of two epochs, nearly all documents may come twice before one that yields an example.
             parts.append(Pieces(dataset.to_iter_dataset(inline), limit=2 * len(part)))
         if len(parts) == 1:
             return parts[0]
         return grain.IterDataset.mix(parts, list(self._data.weights or map(len, self._documents)))
 
-    def _rows(self, count: int) -> grain.IterDataset:
-        """Rows in the order of the batches of `count` rows."""
-        data, seed = self._data, self._seed_of("windows") if self._train else None
+    def _rows(self, shard: int, count: int) -> grain.IterDataset:
+        """Rows of a shard in the order of its parts of batches, of `count` rows."""
+        data, seed = self._data, self._seed_of(shard, "windows") if self._train else None
         streams = tuple(tuple(self._capacity(length).values()) for length in self._lengths)
         if data.pack:
-            return Windows(self._pieces(), Packed(streams[-1]), streams[-1], data.window, PACK_ROWS, seed)
+            return Windows(self._pieces(shard), Packed(streams[-1]), streams[-1], data.window, PACK_ROWS, seed)
         # A window is a whole number of batches, so that no batch but the last of an evaluation has rows of two lengths.
         window = -(-data.window // count) * count
-        return Windows(self._pieces(), Bucketed(streams, count), streams[-1], window, 0, seed)
+        return Windows(self._pieces(shard), Bucketed(streams, count), streams[-1], window, 0, seed)
 
-    def _make(self) -> grain.DatasetIterator:
-        local = self._batch.size // self._processes
-        count, start = (local, 0) if self._train else (self._batch.size, self._process * local)
+    def _make(self) -> dict[int, grain.DatasetIterator]:
+        """The streams that this process reads, by their shard."""
+        own = self._shards // self._processes or 1
+        first = self._process * self._shards // self._processes
+        return {shard: self._stream(shard) for shard in range(first, first + own)}
+
+    def _stream(self, shard: int) -> grain.DatasetIterator:
+        """This process's rows of the part of each batch that a shard fills."""
+        count = self._batch.size // self._shards
+        kept = min(count, self._batch.size // self._processes)
+        start = self._process * kept % count
         padding = dict.fromkeys(STREAMS, self._tokenizer.pad or 0)
         finish = _Finish(self._task, self._tokenizer, padding)
-        rows = self._rows(count).random_map(finish, seed=self._seed_of("rows"))
-        batches = Batches(rows, count, slice(start, start + local), padding)
+        rows = self._rows(shard, count).random_map(finish, seed=self._seed_of(shard, "rows"))
+        batches = Batches(rows, count, slice(start, start + kept), padding)
         if not self._workers:
             return grain.experimental.ThreadPrefetchIterDataset(batches, prefetch_buffer_size=READ_AHEAD).__iter__()
         if getattr(multiprocessing.current_process(), "_inheriting", False):
@@ -211,20 +223,21 @@ class Loader:
 
     def __next__(self) -> Rows:
         try:
-            arrays = next(self._iterator)
+            parts = [next(iterator) for iterator in self._iterators.values()]
         except StopIteration:
             if self._batches:
                 raise
             specs = ", ".join(source.spec for source in self._sources)
             raise DataError(f"none of the documents of {specs} yields an example") from None
         self._batches += 1
+        arrays = parts[0] if len(parts) == 1 else {name: np.concatenate([x[name] for x in parts]) for name in parts[0]}
         batch = {name: value for name, value in arrays.items() if name not in ("account", "ids")}
         digest = zlib.crc32(batch["tokens"].tobytes(), zlib.crc32(arrays["ids"].tobytes()))
         return Rows(batch, batch_account(arrays), digest, arrays["ids"])
 
     @property
     def _layout(self) -> list[int]:
-        return [self._workers, self._processes, len(self._sources)]
+        return [self._workers, self._shards, len(self._sources)]
 
     def get_state(self) -> dict[str, Any]:
         """The place after the last batch returned, whatever was read ahead, as JSON-able data."""
@@ -232,34 +245,44 @@ class Loader:
             "layout": self._layout,
             "salt": self._salt,
             "batches": self._batches,
-            "grain": self._iterator.get_state(),
+            "shards": {str(shard): iterator.get_state() for shard, iterator in self._iterators.items()},
         }
 
-    def set_state(self, state: dict[str, Any]) -> None:
-        """Go on after the batch at which `state` was taken: from here on, the same batches follow.
+    def set_state(self, *states: dict[str, Any]) -> None:
+        """Go on after the batch at which the states of all processes were taken, however many these were: the same batches follow.
 
-        A state from another number of workers, processes or sources has no place in this stream (`check_fingerprint`
-        tells): then a new stream starts, in an order that was not used before.
+        A state from another number of workers, shards or sources has no place in this stream (`check_fingerprint` tells):
+        then a new stream starts, in an order that was not used before.
         """
+        state = states[0]
         same = list(state["layout"]) == self._layout
         salt = state["salt"] if same else state["batches"]
         if salt != self._salt:
-            self._iterator.close()
+            self._close()
             self._salt = salt
-            self._iterator = self._make()
+            self._iterators = self._make()
         self._batches = state["batches"]
+        places = {shard: place for each in states for shard, place in each["shards"].items()}
         if same:
-            self._iterator.set_state(state["grain"])
+            for shard, iterator in self._iterators.items():
+                iterator.set_state(places[str(shard)])
 
     def start(self) -> None:
         """Begin to read ahead, e.g. while a model compiles."""
-        self._iterator.start_prefetch()
+        for iterator in self._iterators.values():
+            iterator.start_prefetch()
 
     def close(self) -> None:
-        """Stop the thread or the worker processes; nothing can be asked of the loader afterwards."""
-        if hasattr(self, "_iterator"):
-            self._iterator.close()
-            del self._iterator  # let go of it now: Grain's `__del__` fails when the interpreter shuts down
+        """Stop the threads or the worker processes; nothing can be asked of the loader afterwards."""
+        self._close()
+
+    def _close(self) -> None:
+        iterators, self._iterators = (
+            getattr(self, "_iterators", {}),
+            {},
+        )  # let go of them now: Grain's `__del__` fails at exit
+        for iterator in iterators.values():
+            iterator.close()
 
     def __enter__(self) -> "Loader":
         return self
@@ -296,7 +319,7 @@ class Loader:
             "split": self._split,
             "sources": sources,
             "workers": self._workers,
-            "processes": self._processes,
+            "shards": self._shards,
             "grain": grain.__version__,
             "settings": settings,
         }
@@ -327,7 +350,7 @@ def check_fingerprint(saved: dict[str, Any], now: dict[str, Any]) -> None:
     names = {
         "split": "the split",
         "workers": "data.workers",
-        "processes": "the number of processes",
+        "shards": "data.shards",
         "grain": "the version of grain",
     }
     old = {**{what: saved[key] for key, what in names.items()}, **saved["settings"]}

@@ -362,8 +362,8 @@ def test_nothing_to_use_is_an_error():
     with pytest.raises(DataError, match="a:[01]: no field 'body'.*It has: id, text. Set data.text"):
         with loader([Memory("a", [9, 9])], text="body") as rows:
             next(rows)
-    with pytest.raises(DataError, match="process 1 has none"):
-        loader([Memory("a", [9])], index=1, count=2)
+    with pytest.raises(DataError, match="1 documents for data.shards 2: shard 1 has none"):
+        loader([Memory("a", [9])], shards=2)
 
 
 def test_buckets():
@@ -380,7 +380,7 @@ def test_buckets():
     assert all(len(r.batch["tokens"]) == 4 for r in rows)
     assert sum(r.account[FIELDS.index("rows")] for r in rows) == 300
     for message, data in (
-        ("different shapes", {"count": 2, "buckets": (8,), "pack": False}),
+        ("different lengths", {"shards": 2, "buckets": (8,), "pack": False}),
         ("set data.pack to False", {"buckets": (8,)}),
         ("batch.length is 32", {"buckets": (64,), "pack": False}),
     ):
@@ -411,23 +411,59 @@ def test_labels_need_unpacked_rows():
         held([source], task=Labels())
 
 
-def test_processes_share_the_work():
+def test_shards_share_the_documents():
     sources = mixed()
     parts = []
     for index in range(2):
-        with loader(sources, index=index, count=2, pack=False, window=1) as rows:
+        with loader(sources, index=index, count=2, shards=2, pack=False, window=1) as rows:
             parts.append(take(rows, 250))
     ids = [documents_of(part) for part in parts]
     assert not ids[0] & ids[1]
     assert ids[0] | ids[1] == set(np.flatnonzero(sources[0].lengths + sources[1].lengths))
     assert all(r.batch["tokens"].shape == (2, LENGTH) for part in parts for r in part)
     whole, *halves = (held(sources, task=Copy(noise=True), index=i, count=n) for i, n in ((0, 1), (0, 2), (1, 2)))
-    for one, low, high in zip(whole, *halves, strict=True):
-        for name in one.batch:
-            np.testing.assert_array_equal(one.batch[name], np.concatenate([low.batch[name], high.batch[name]]))
-        np.testing.assert_array_equal(one.account, low.account + high.account)
+    same_batches(whole, halves)
     with pytest.raises(ConfigError, match="not a multiple of the 3 processes"):
         loader(sources, count=3)
+    with pytest.raises(ConfigError, match=r"not a multiple of data.shards 3"):
+        loader(sources, shards=3)
+    with pytest.raises(ConfigError, match="data.shards 6 and the 4 processes: one must be a multiple of the other"):
+        loader(sources, shards=6, count=4, batch=Batch(12, LENGTH))
+
+
+def same_batches(whole, parts):
+    for one, *each in zip(whole, *parts, strict=True):
+        for name in one.batch:
+            np.testing.assert_array_equal(one.batch[name], np.concatenate([x.batch[name] for x in each]))
+        np.testing.assert_array_equal(one.account, sum(x.account for x in each))
+
+
+@pytest.mark.parametrize("shards", [1, 2, 4])
+def test_batches_do_not_depend_on_the_number_of_processes(shards):
+    """Nor does a state: what some processes saved, others go on from."""
+    sources, count = mixed(), 8
+    options = dict(shards=shards, task=Copy(noise=True), batch=Batch(8, LENGTH), window=20)
+    with loader(sources, **options) as stream:
+        whole = take(stream, count)
+        place = json.loads(json.dumps(stream.get_state()))
+        after = take(stream, 3)
+    for processes in (2, 4, 8):
+        if shards % processes and processes % shards:
+            continue
+        parts, places, more, back = [], [], [], []
+        for index in range(processes):
+            with loader(sources, index=index, count=processes, **options) as stream:
+                parts.append(take(stream, count))
+                places.append(json.loads(json.dumps(stream.get_state())))
+            with loader(sources, index=index, count=processes, **options) as stream:
+                stream.set_state(place)
+                more.append(take(stream, 3))
+        same_batches(whole, parts)
+        same_batches(after, more)
+        with loader(sources, **options) as stream:
+            stream.set_state(*places)
+            back = take(stream, 3)
+        same_batches(after, [back])
 
 
 def test_split_documents():
@@ -463,7 +499,7 @@ def test_fingerprints_say_what_changed():
         ("source b has other content", fingerprint(changed)),
         (r"the sources were \['a', 'b'\], now \['a'\]", fingerprint(mixed()[:1])),
         ("data.workers was 0, now 2", fingerprint(workers=2)),
-        ("the number of processes was 1, now 2", fingerprint(count=2)),
+        ("data.shards was 1, now 2", fingerprint(shards=2)),
         ("data.window was 40, now 41", fingerprint(window=41)),
         ("task was Copy.*noise=True", fingerprint(task=Copy(True))),
         ("batch.size was 4, now 8", fingerprint(batch=Batch(8, LENGTH))),
