@@ -26,8 +26,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             _setup()
         VERBS[arguments[0]](arguments[1:])
     except UserError as e:
-        print(f"error: {e}", file=sys.stderr)
-        return 2
+        print(f"error: {e}" if e.status == 2 else e, file=sys.stderr)
+        return _end(e.status)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
@@ -35,6 +35,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     return 0
+
+
+def _end(status: int) -> int:
+    if "jax" not in sys.modules:  # nothing was begun
+        return status
+    from llm_jax.processes import end
+
+    return end(status)
 
 
 def _setup() -> None:

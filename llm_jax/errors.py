@@ -7,6 +7,9 @@ from collections.abc import Iterable
 class UserError(Exception):
     """An input, a file, a configuration or a machine that cannot serve the request; the message says what to do."""
 
+    status = 2
+    """of the command that it ends"""
+
 
 class ConfigError(UserError):
     """A key or a value of a configuration that is not allowed."""

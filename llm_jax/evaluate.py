@@ -21,7 +21,7 @@ from llm_jax.losses import LossFn
 from llm_jax.models.config import ModelConfig
 from llm_jax.models.transformer import apply
 from llm_jax.platform import gather
-from llm_jax.sharding import put
+from llm_jax.sharding import put, rows_here
 from llm_jax.tasks.base import Judged, Judgement
 from llm_jax.tasks.next_token import document
 
@@ -71,7 +71,7 @@ def judge(
         for name, value in jax.device_get(found).items():
             sums[name] = sums.get(name, 0.0) + float(value)
         if task is not None and each:
-            outcomes.append(_examples(each, rows))
+            outcomes.append(_examples(each, rows, mesh))
     loader.set_state(begin)
     weight = sums.pop("weight", 0.0)
     if not weight:
@@ -83,7 +83,7 @@ def judge(
     if judgement is not None:
         return {"loss": sums["total"] / weight, **judgement.metrics, "examples": len(judgement.examples)}, judgement
     result = {"loss": sums["total"] / weight, "perplexity": math.exp(min(nll / weight, 700)), "tokens": weight}
-    read = dict(zip(FIELDS, np.sum(gather(account.tolist()), axis=0).tolist()))
+    read = dict(zip(FIELDS, of_all_rows(account.tolist(), mesh)))
     if read["bytes"] and read["tokens"] == weight:
         result["bits_per_byte"] = nll / math.log(2) / read["bytes"]
     if "correct" in sums:
@@ -91,13 +91,22 @@ def judge(
     return result, None
 
 
-def _examples(outcomes: dict[str, Any], rows: Rows) -> dict[str, np.ndarray]:
+def of_all_rows(counts: list[float], mesh: jax.sharding.Mesh) -> list[float]:
+    """The sums over the rows of all processes; rows that several hold are counted once."""
+    every: dict[int, list[float]] = {}
+    for part, each in gather([rows_here(mesh)[0], counts]):
+        every.setdefault(part, each)
+    return [sum(each) for each in zip(*every.values())]
+
+
+def _examples(outcomes: dict[str, Any], rows: Rows, mesh: jax.sharding.Mesh) -> dict[str, np.ndarray]:
     """The outcomes (B, M, ...) of a batch as (N, ...) arrays of its examples, with the documents they are of; of all processes."""
     documents = np.take_along_axis(rows.ids, rows.batch["predict"], axis=1)
-    found = {**outcomes, "documents": documents}
+    found: dict[str, Any] = {**outcomes, "documents": documents}
     if jax.process_count() > 1:
         from jax.experimental import multihost_utils
 
+        found |= put({"documents": documents}, mesh)
         found = {name: multihost_utils.process_allgather(x, tiled=True) for name, x in found.items()}
     found = jax.device_get(found)
     there = found["weights"] > 0

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from llm_jax import card as cards
-from llm_jax import checkpoint, evaluate, flops, optim, results, sharding, step
+from llm_jax import checkpoint, evaluate, flops, optim, processes, results, sharding, step
 from llm_jax import log as logs
 from llm_jax.config import Run, show, to_dict
 from llm_jax.data.accounting import FIELDS, Accounting
@@ -49,13 +49,20 @@ def train(run: Run) -> dict[str, Any]:
         UserError: something that the user can mend; earlier checkpoints stay.
     """
     setup()
+    processes.join()
     begin = time.time()
+    with processes.together() as others:
+        return _train(run, others, begin)
+
+
+def _train(run: Run, others: processes.Together, begin: float) -> dict[str, Any]:
+    """`train`, beside the other processes."""
     parts = None
     try:
         run.folder.mkdir(parents=True, exist_ok=True)
         parts = build(run)
         with jax.set_mesh(parts.mesh):
-            return _Session(parts).carry_out(begin)
+            return _Session(parts, others).carry_out(begin)
     except OSError as e:
         if checkpoint.is_full(e):
             raise CheckpointError(
@@ -114,8 +121,8 @@ def _of_model(params: Any, extra: tuple[str, ...]) -> Any:
 class _Session:
     """One carrying out of a run."""
 
-    def __init__(self, parts: Parts):
-        self.parts, self.run = parts, parts.run
+    def __init__(self, parts: Parts, others: processes.Together):
+        self.parts, self.run, self.others = parts, parts.run, others
         self.lead = jax.process_index() == 0
         self.saved = checkpoint.Checkpoints(self.run.folder, self.run.checkpoint)
         self.results: dict[str, Any] = {}
@@ -184,8 +191,14 @@ class _Session:
                 if last or (run.eval.every and self.at % run.eval.every == 0):
                     self.evaluate(0 if last and not run.eval.patience else run.eval.batches)
                 improved = run.eval.patience and self.best["step"] == self.at
-                if self.ended or improved or self.at % run.checkpoint.every == 0:
+                stopping = self.others.stopping(self.at) and not self.ended
+                if self.ended or improved or stopping or self.at % run.checkpoint.every == 0:
                     self.save()
+                if stopping:
+                    self.saved.wait()
+                    raise processes.Stopped(
+                        f"told to stop: step {self.at} is saved, the same command goes on from there"
+                    )
             if self.at == self.start and not run.eval.patience:
                 self.evaluate(0)
             if self.at == self.start and not self.resumed:
@@ -211,6 +224,7 @@ class _Session:
         """Take a batch and a step; read the metrics of the step before, so that the device is never waited for."""
         before = time.perf_counter()
         rows = next(self.parts.train)
+        self.others.begin(self.at + 1)
         waited = time.perf_counter() - before
         self.accounting.add(rows.account)
         self.accounting.check(self.run.data.max_dropped)
@@ -220,7 +234,7 @@ class _Session:
         self.state, metrics = self.parts.step(self.state, batch)
         self.at += 1
         self.counts["flops"] += work
-        filled = rows.account[FIELDS.index("filled")] * jax.process_count()
+        filled = rows.account[FIELDS.index("filled")] * sharding.rows_here(self.parts.mesh)[1]
         told = {"samples": rows.digest, "input_wait": waited, "work": work, "tokens": float(filled)}
         self.pending.append((self.at, metrics, told))
         self.flush(1)
@@ -378,7 +392,7 @@ class _Session:
 
     def totals(self) -> list[float]:
         """The account of all processes."""
-        return [sum(each) for each in zip(*gather(self.accounting.totals))]
+        return evaluate.of_all_rows(list(self.accounting.totals), self.parts.mesh)
 
     def finish(self, begin: float) -> dict[str, Any]:
         """What result.json holds."""

@@ -127,7 +127,7 @@ def build(run: Run) -> Parts:
             raise ConfigError(
                 f"{change.label} needs {change.steps} steps, and the run has {run.steps}: it would end half-way"
             )
-    place = dict(process_index=jax.process_index(), process_count=jax.process_count())
+    place: dict[str, Any] = dict(zip(("process_index", "process_count"), sharding.rows_here(mesh)))
     train = Loader(sources, tokenizer, run.task, run.data, run.batch, run.seed, "train", **place)
     heldout = None
     if run.data.heldout or run.data.heldout_sources:

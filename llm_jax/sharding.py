@@ -144,6 +144,36 @@ def replicated(mesh: jax.sharding.Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
+def rows_here(mesh: jax.sharding.Mesh) -> tuple[int, int]:
+    """(i, n): this process holds the i-th of n equal parts of the rows of every batch.
+
+    Several processes hold the same part where the axis tensor or context lies across them.
+
+    Raises:
+        ConfigError: its devices hold rows that do not lie together, so that no part is its own.
+    """
+    count = mesh.shape["data"] * mesh.shape["fsdp"]
+    places = NamedSharding(mesh, PartitionSpec(("data", "fsdp"))).addressable_devices_indices_map((count,))
+    here = sorted({index[0].start or 0 for index in places.values() if index is not None})
+    if count % len(here) or here != list(range(here[0], here[0] + len(here))) or here[0] % len(here):
+        raise ConfigError(
+            f"the devices of process {jax.process_index()} hold the parts {here} of {count} of the rows: the sizes of the mesh "
+            "must be such that each process holds rows that lie together"
+        )
+    return here[0] // len(here), count // len(here)
+
+
 def put(batch: dict[str, np.ndarray], mesh: jax.sharding.Mesh) -> dict[str, jax.Array]:
-    """This process's rows of a batch as global arrays over the mesh."""
-    return {name: jax.make_array_from_process_local_data(batch_sharding(mesh, x.shape), x) for name, x in batch.items()}
+    """The rows that this process holds of a batch (`rows_here`) as global arrays over the mesh."""
+    part, parts = rows_here(mesh)
+
+    def one(x: np.ndarray) -> jax.Array:
+        shape, first = (len(x) * parts, *x.shape[1:]), len(x) * part
+
+        def piece(index: Any) -> np.ndarray:
+            start, stop, _ = index[0].indices(shape[0])
+            return x[(slice(start - first, stop - first), *index[1:])]
+
+        return jax.make_array_from_callback(shape, batch_sharding(mesh, shape), piece)
+
+    return {name: one(x) for name, x in batch.items()}
