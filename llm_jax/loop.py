@@ -224,13 +224,13 @@ class _Session:
         """Take a batch and a step; read the metrics of the step before, so that the device is never waited for."""
         before = time.perf_counter()
         rows = next(self.parts.train)
-        self.others.begin(self.at + 1)
         waited = time.perf_counter() - before
         self.accounting.add(rows.account)
         self.accounting.check(self.run.data.max_dropped)
         batch = sharding.put(self.parts.rows(rows.batch), self.parts.mesh)
         work = flops.train_flops(self.parts.model, {name: x.shape for name, x in batch.items()})
         await_buffers(self.state)
+        self.others.begin(self.at + 1)
         self.state, metrics = self.parts.step(self.state, batch)
         self.at += 1
         self.counts["flops"] += work

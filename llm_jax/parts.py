@@ -74,8 +74,10 @@ def transform_of(run: Run) -> tf.Transform:
     """The transforms of a config, those that its plain fields ask for among them; freezing is outermost, since it hides params."""
     return tf.chain(
         accumulate(run.batch.accumulate),
+        tf.keep_zeros(
+            _pruned(run)
+        ),  # inside the run's own, so that what one of these removes further is not taken for an accident
         *run.transforms,
-        tf.keep_zeros(_pruned(run)),
         moving_average(run.optimizer.moving_average),
         freeze(run.optimizer.freeze),
     )

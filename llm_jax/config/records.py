@@ -36,7 +36,7 @@ class Data:
     heldout: float = 0.05
     """share of the documents kept apart for evaluation when heldout_sources is empty"""
     group: str = ""
-    """field whose equal values stay on one side of the split; empty splits by document"""
+    """field whose equal values stay on one side of the split, and whose null keeps a document out of what is held out; empty splits by document"""
     heldout_sources: tuple[str, ...] = ()
     """sources of the documents for evaluation"""
     tokenizer: str = "bpe:4096"

