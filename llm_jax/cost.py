@@ -3,7 +3,7 @@
 import dataclasses
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection
 from typing import Any
 
 import jax
@@ -120,22 +120,24 @@ def compare(
 
 
 def told(
-    before: ModelConfig, after: ModelConfig, batch_shape: tuple[int, int], pruned: Mapping[str, float], measure: bool
+    before: ModelConfig, after: ModelConfig, batch_shape: tuple[int, int], pruned: Collection[str], measure: bool
 ) -> str:
     """What a run says of its transforms before its first step: the table of `compare` where sizes change, that zeros save no time where weights
     are pruned, else nothing.
 
     Args:
-        pruned: the weights that a card names as pruned.
+        pruned: the weights that are pruned, or will be.
         measure: whether passes are timed, on one device; models of over half a billion parameters together are not, since both are held at once.
     """
     if all(getattr(before, name) == getattr(after, name) for name in SIZES):
-        return f"pruned: {len(pruned)} weights; {NO_SPEED_UP}" if pruned else ""
+        return f"pruned: {len(pruned)} stacks of matrices; {NO_SPEED_UP}" if pruned else ""
     counts = [tree.size(transformer.shapes(config)) for config in (before, after)]
     if measure and sum(counts) <= MEASURED:
         return str(compare(before, after, batch_shape))
     work = [flops.forward_flops(config, _shapes(config, batch_shape)) for config in (before, after)]
-    return "\n".join([HEADER, _row("parameters, M", *(n / 1e6 for n in counts)), _row(WORK, *(n / 1e9 for n in work))])
+    rows = [_row("parameters, M", *(n / 1e6 for n in counts)), _row(WORK, *(n / 1e9 for n in work))]
+    why = f"models of more than {MEASURED / 1e6:.0f}M parameters together" if measure else "several devices"
+    return "\n".join([HEADER, *rows, f"not timed: {why}"])
 
 
 def _drawn(config: ModelConfig) -> Params:

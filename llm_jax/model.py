@@ -1,11 +1,12 @@
 """A model as a value, and the five functions of a notebook: load, apply, generate, transform, save."""
 
+import contextlib
 import dataclasses
 import functools
 import importlib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,10 @@ def model_config(card: Card, where: Any) -> ModelConfig:
         return ModelConfig(**card["model"])
     except (KeyError, TypeError) as e:
         raise CheckpointError(f"the card of {where} describes no model of this version ({e})") from e
+
+
+OF_THE_PARENT = ("pruned", "results", "best", "step", "moments")
+"""Entries of a card that are not true any more of a model that is made of this one"""
 
 
 def locate(path: str | Path) -> tuple[str, Path]:
@@ -153,18 +158,35 @@ def generate(model: Model, prompts: str | list[str], **options: Any) -> list[str
 def transform(model: Model, change: transforms.Transform, key: Array, aux: Any = None, name: str = "") -> Model:
     """The model after a change of sizes and weights, with a card that names it and its parent."""
     config = change.config(model.config)
-    params = jax.jit(change.params, static_argnums=0)(model.config, model.params, key, aux)
+    with _mesh_of(model.params) as mesh:
+        shapes = transformer.shapes(config)
+        placed = None if mesh is None else sharding.params_shardings(mesh, transformer.axes(config), shapes)
+        make = jax.jit(change.params, static_argnums=0, out_shardings=placed)
+        params = make(model.config, model.params, key, aux)
     parent = content_hash(model.params)
-    still = [re.escape(path) for path in model.card.get("pruned", {}) if path in tree.names(params)]
+    known = () if change.densify else model.card.get("pruned", {})
+    still = [re.escape(path) for path in known if path in tree.names(params)]
     stated = transforms.chain(transforms.keep_zeros(still), change).card(params)
     card = {
-        **{key: entry for key, entry in model.card.items() if key != "pruned"},
+        **{key: entry for key, entry in model.card.items() if key not in OF_THE_PARENT},
         **stated,
         "parents": [parent],
         "transforms": [*model.card.get("transforms", []), name or change.label],
         "model": to_dict(config),
     }
     return Model(config, params, model.tokenizer, json.loads(json.dumps(card)))
+
+
+@contextlib.contextmanager
+def _mesh_of(params: Any) -> Iterator[jax.sharding.Mesh | None]:
+    """The mesh of several devices that the params lie on, set while this lasts; None where there is none."""
+    places = (x.sharding for x in jax.tree.leaves(params) if isinstance(x, jax.Array))
+    mesh = next((s.mesh for s in places if isinstance(s, jax.sharding.NamedSharding) and s.mesh.size > 1), None)
+    if not isinstance(mesh, jax.sharding.Mesh):
+        yield None
+        return
+    with jax.set_mesh(mesh):
+        yield mesh
 
 
 def merge(models: Sequence[Model], change: transforms.Transform, name: str = "") -> Model:

@@ -14,6 +14,7 @@ from jaxtyping import Array
 from llm_jax import config, tree
 from llm_jax.errors import ConfigError, suggest
 from llm_jax.models.transformer import depths
+from llm_jax.transforms.base import removed
 from llm_jax.transforms.moving_average import MovingAverageState
 
 RATES = ("learning_rate", "max_learning_rate")
@@ -257,5 +258,8 @@ def eval_params(opt_state: Any, params: Any) -> Any:
             return tree.merge(state.average, params)
         if isinstance(state, optax.contrib.ScheduleFreeState):
             trained = jax.tree.map(lambda z, x: None if z is None else x, state.z, params, is_leaf=lambda z: z is None)
-            return tree.merge(optax.contrib.schedule_free_eval_params(state, trained), params)
+            found = optax.contrib.schedule_free_eval_params(state, trained)
+            # The rule's own copy of a weight that pruning holds at zero drifts, since its gradient is left to it.
+            held = jax.tree.map(lambda x, y: jnp.where(removed(y), 0, x), found, trained)
+            return tree.merge(held, params)
     return params

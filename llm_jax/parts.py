@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import logging
 import math
+import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -56,6 +57,8 @@ class Parts:
     """params -> what the card states of them"""
     rows: Callable[[dict[str, np.ndarray]], dict[str, Any]]
     """training rows -> the same with what the transforms add to them, on the host"""
+    masks: tuple[str, ...]
+    """the weights whose zeros the update keeps, those that it is to remove among them, by their paths"""
     extra: tuple[str, ...]
     """names at the top of the params that are trained beside the model's and are no part of it"""
     step: Callable[..., Any]
@@ -72,20 +75,27 @@ class Parts:
 
 def transform_of(run: Run) -> tf.Transform:
     """The transforms of a config, those that its plain fields ask for among them; freezing is outermost, since it hides params."""
+    for i, change in enumerate(run.transforms):
+        for later in run.transforms[i + 1 :] if change.masks else ():
+            if later.update is not tf.IDENTITY.update and not later.masks:
+                raise ConfigError(
+                    f"run.transforms: {later.label} changes the update after {change.label}, which would not keep its zeros: put it before"
+                )
+    masks = (*_pruned(run), *tf.chain(*run.transforms).masks)
     return tf.chain(
         accumulate(run.batch.accumulate),
         tf.keep_zeros(
             _pruned(run)
         ),  # inside the run's own, so that what one of these removes further is not taken for an accident
         *run.transforms,
-        moving_average(run.optimizer.moving_average),
+        moving_average(run.optimizer.moving_average, masks),
         freeze(run.optimizer.freeze),
     )
 
 
 def _pruned(run: Run) -> tuple[str, ...]:
     """The weights whose zeros the run is to keep: those that the card of its start names, by its own checkpoints where it has begun."""
-    if run.start == "fresh" or tf.densify() in run.transforms:
+    if run.start == "fresh" or any(change.densify for change in run.transforms):
         return ()
     for at in reversed(checkpoint.steps(run.folder)):
         try:
@@ -108,13 +118,14 @@ def build(run: Run) -> Parts:
     sharding.check_batch(mesh, run.batch.size // run.batch.accumulate, run.batch.length)
     run = dataclasses.replace(run, model=_sizes(run))
     assert run.model is not None
-    if run.batch.length > run.model.max_length and run.model.positions == "learned":
-        raise ConfigError(
-            f"batch.length {run.batch.length} is longer than the model's table of positions, model.max_length {run.model.max_length}"
-        )
     sources = open_sources(run.data, "train")
     tokenizer = _tokenizer(run, sources)
     model = transform_of(run).config(run.model)
+    if run.batch.length > model.max_length and model.positions == "learned":
+        raise ConfigError(
+            f"batch.length {run.batch.length} is longer than the model's table of positions, model.max_length {model.max_length}"
+        )
+    _check_references(run, tokenizer)
     run.task.loss(model)  # whether the task and the model go together is told before the data is read
     needed = tokenizer.vocab_size + run.task.extra_tokens(tokenizer)
     if needed > model.vocab_size:
@@ -146,6 +157,16 @@ def build(run: Run) -> Parts:
     wanted = transform_of(run).calibration
     aux = calibration(run, tokenizer, wanted) if wanted else None
     return assemble(run, mesh, tokenizer, train, heldout, aux)
+
+
+def _check_references(run: Run, tokenizer: Tokenizer) -> None:
+    """Raise where a model that the loss reads knows other ids than the run's rows hold."""
+    for name, source in tf.chain(*run.transforms).reference.items():
+        known = models.read_tokenizer(source) if isinstance(source, str) else source.tokenizer
+        if known is not None and known.fingerprint != tokenizer.fingerprint:
+            raise DataError(
+                f"the model {source} that the run reads as {name!r} has another tokenizer than the run: its tokens mean something else"
+            )
 
 
 def calibration(run: Run, tokenizer: Tokenizer, count: int) -> tf.Calibration:
@@ -306,6 +327,7 @@ def assemble(
         complete,
         change.card,
         functools.partial(change.rows, fingerprint=train.fingerprint()),
+        tuple(name for name in tree.names(shapes) if any(re.fullmatch(regex, name) for regex in change.masks)),
         tuple(beside),
         update,
         evaluate.make_eval_step(judged, judge),
@@ -333,7 +355,7 @@ def cost_told(parts: Parts, params: Any) -> str:
     """What the run's transforms save or cost, by `cost.told`; empty where they change no sizes and prune nothing."""
     assert parts.run.model is not None
     batch_shape = (parts.run.batch.size // parts.run.batch.accumulate, parts.run.batch.length)
-    pruned = parts.card(params).get("pruned", {})
+    pruned = parts.card(params).get("pruned", {}) or parts.masks
     return cost.told(parts.run.model, parts.model, batch_shape, pruned, measure=parts.mesh.size == 1)
 
 

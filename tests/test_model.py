@@ -8,14 +8,15 @@ import numpy as np
 import pytest
 
 import llm_jax
-from llm_jax import cli, evaluate, flops, log, loop, tree
+from llm_jax import cli, evaluate, flops, log, loop, sharding, tree
 from llm_jax.card import content_hash
 from llm_jax.config import Batch, Data, Eval, Optimizer, Run
 from llm_jax.errors import CheckpointError, UserError
 from llm_jax.models import presets, transformer
 from llm_jax.models.config import ModelConfig
 from llm_jax.tasks import NextToken
-from llm_jax.transforms import Transform
+from llm_jax.transforms import Transform, densify, lora, new_head, prune, shrink
+from tests.families import tiny_model
 
 
 @pytest.fixture(scope="module")
@@ -197,3 +198,29 @@ def test_a_metrics_file_is_cut_back_to_the_checkpoint(tmp_path):
     file.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"st')
     log.keep_until(file, 2)
     assert file.read_text() == '{"step": 1}\n{"step": 2}\n'
+
+
+@pytest.mark.parametrize(
+    "change", [shrink(mlp=0.5), lora(2), new_head("classification", labels=2)], ids=lambda c: c.label
+)
+def test_a_changed_model_lies_on_its_mesh_as_the_rules_say(change, mesh):
+    tiny = tiny_model("llama")
+    here = mesh(data=2, fsdp=2, tensor=2)
+
+    def placed(config):
+        return sharding.params_shardings(here, transformer.axes(config), transformer.shapes(config))
+
+    whole = llm_jax.Model(tiny.config, jax.device_put(tiny.params, placed(tiny.config)))
+    made = llm_jax.transform(whole, change, jax.random.key(0))
+    for (path, x), where in zip(jax.tree_util.tree_leaves_with_path(made.params), jax.tree.leaves(placed(made.config))):
+        assert x.sharding.is_equivalent_to(where, x.ndim), path
+
+
+def test_a_changed_model_has_no_results_of_its_parent():
+    tiny = tiny_model("llama")
+    parent = llm_jax.Model(
+        tiny.config, tiny.params, card={"name": "a", "results": {"loss": 1.0}, "step": 3, "best": {}}
+    )
+    made = llm_jax.transform(parent, prune(0.5), jax.random.key(0))
+    assert made.card["name"] == "a" and not {"results", "step", "best"} & made.card.keys()
+    assert made.card["pruned"] and "pruned" not in llm_jax.transform(made, densify(), jax.random.key(0)).card

@@ -15,7 +15,7 @@ from llm_jax.config import Batch, Checkpoint, Data, Eval, Optimizer, Run
 from llm_jax.errors import CheckpointError, ConfigError
 from llm_jax.models.config import ModelConfig
 from llm_jax.tasks import NextToken
-from llm_jax.transforms import densify, grow_depth, prune, shrink
+from llm_jax.transforms import densify, grow_depth, lengthen, prune, shrink, unfreeze
 
 UP = "decoder/layers/mlp/up"
 
@@ -35,6 +35,11 @@ def run_of(corpus: Path, folder: Path, **changes: Any) -> Run:
         eval=Eval(every=0, batches=1),
     )
     return dataclasses.replace(plain, **changes)
+
+
+def trained(run: Run) -> Path:
+    loop.train(run)
+    return run.folder
 
 
 def zeros(path: Path) -> np.ndarray:
@@ -121,3 +126,38 @@ def test_the_average_of_what_is_pruned_is_zero(corpus, tmp_path):
     run = run_of(corpus, tmp_path / "averaged", optimizer=Optimizer(learning_rate=1e-2, moving_average=0.9))
     loop.train(run)
     assert zeros(run.folder).mean() == 0.75
+
+
+def test_a_pruned_model_is_pruned_further(corpus, tmp_path, pruned):
+    run = run_of(corpus, tmp_path / "more", start=str(pruned), model=None, transforms=(prune(0.9, schedule=(0, 4, 2)),))
+    loop.train(run)
+    assert zeros(run.folder).mean() == pytest.approx(0.9, abs=1e-3) and np.all(zeros(run.folder)[zeros(pruned)])
+
+
+def test_no_update_comes_after_that_which_prunes(corpus, tmp_path):
+    run = run_of(corpus, tmp_path / "run", transforms=(prune(0.5), unfreeze(every=2)))
+    with pytest.raises(ConfigError, match=r"unfreeze\(every=2\) changes the update after prune\(0.5\)"):
+        loop.train(run)
+    assert zeros(trained(dataclasses.replace(run, transforms=(unfreeze(every=2), prune(0.5))))).mean() == 0.5
+
+
+def test_a_schedule_says_that_nothing_gets_faster(corpus, tmp_path, capsys):
+    loop.train(run_of(corpus, tmp_path / "run"))
+    assert "no speed-up is to be expected" in capsys.readouterr().err
+
+
+def test_a_longer_table_of_positions_reads_longer_rows(corpus, tmp_path):
+    sizes = ModelConfig(vocab_size=512, max_length=16, layers=1, dim=16, heads=2, positions="learned")
+    short = run_of(corpus, tmp_path / "short", transforms=(), model=sizes, steps=1)
+    loop.train(short)
+    longer = run_of(
+        corpus,
+        tmp_path / "long",
+        start=str(short.folder),
+        model=None,
+        transforms=(lengthen(32),),
+        batch=Batch(size=8, length=32),
+        steps=1,
+    )
+    loop.train(longer)
+    assert model.load(longer.folder).config.max_length == 32

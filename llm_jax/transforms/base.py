@@ -81,6 +81,10 @@ class Transform(NamedTuple):
     all changes; they are whole on every device, are kept where a stopped run goes on, and are no part of the model that a run leaves"""
     rows: _Rows = lambda batch, fingerprint: dict(batch)
     """what it adds, on the host, to the rows of a training batch of one process, given what their stream depends on (`Loader.fingerprint`)"""
+    masks: tuple[str, ...] = ()
+    """regexes of weights whose zeros its update keeps: they are a mask, and no other update may come after it"""
+    densify: bool = False
+    """whether the zeros that the card of the start names as pruned are weights like any other"""
     moments: bool = False
     """whether the optimizer goes on from its state in the run that the model comes from, grown with the model (`moments.carry`)"""
 
@@ -148,8 +152,9 @@ def chain(*transforms: Transform) -> Transform:
         return dict(batch)
 
     functions = (config, params, wrap("loss"), wrap("grad"), wrap("update"))
-    moments = any(transform.moments for transform in transforms)
-    return Transform(*functions, label, reference, calibration, steps, card, extra, rows, moments)
+    masks = tuple(regex for transform in transforms for regex in transform.masks)
+    densify, moments = (any(getattr(x, name) for x in transforms) for name in ("densify", "moments"))
+    return Transform(*functions, label, reference, calibration, steps, card, extra, rows, masks, densify, moments)
 
 
 def removed(x: Array) -> Bool[Array, "..."]:

@@ -216,6 +216,10 @@ def _say(sizes: ModelConfig, weights: Any, batch: Any, student: Outputs) -> Outp
     needed = "images" if sizes.patch_size else "encoder_tokens" if sizes.architecture == "encoder-decoder" else "tokens"
     if needed not in batch:
         raise ConfigError(f"distil: the teacher is {sizes.architecture} and reads {needed}, which the task's rows lack")
+    if sizes.positions == "learned" and not sizes.patch_size and batch[needed].shape[1] > sizes.max_length:
+        raise ConfigError(
+            f"distil: the teacher's table has {sizes.max_length} positions, a row {batch[needed].shape[1]} tokens: set batch.length"
+        )
     logits = student.kernel is None
     return jax.lax.stop_gradient(transformer.apply(sizes, jax.lax.stop_gradient(weights), batch, logits=logits))
 

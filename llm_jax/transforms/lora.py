@@ -14,7 +14,7 @@ from llm_jax.errors import ConfigError
 from llm_jax.models import transformer
 from llm_jax.models.config import LORA_TARGETS, ModelConfig
 from llm_jax.models.transformer import Params
-from llm_jax.transforms.base import IDENTITY, Transform
+from llm_jax.transforms.base import IDENTITY, Transform, removed
 from llm_jax.transforms.freeze import train_only
 
 FACTORS = r".*/layers/.*_lora_[ab]"
@@ -75,11 +75,11 @@ def lora(
     return trained._replace(config=config, params=params, label=f"lora({rank}, alpha={alpha}{told})")
 
 
-def merge_lora(*, keep_zeros: bool = False) -> Transform:
+def merge_lora(*, keep_zeros: bool = True) -> Transform:
     """W + alpha/rank A B in place of W, A and B: the same function without factors (Hu et al. 2021, section 4.1). A model without any stays as it is.
 
     Args:
-        keep_zeros: a weight of the base that is zero, as pruning leaves it, stays zero; the function then changes.
+        keep_zeros: a weight of the base that is zero, as pruning leaves it, stays zero; the function of a pruned model then changes.
     """
 
     def config(sizes: ModelConfig) -> ModelConfig:
@@ -94,11 +94,11 @@ def merge_lora(*, keep_zeros: bool = False) -> Transform:
                 return w
             delta = sizes.lora_scale * product(leaves[f"{name}_lora_a"], leaves[f"{name}_lora_b"])
             merged = (w + delta).astype(w.dtype)
-            return jnp.where(w == 0, w, merged) if keep_zeros else merged
+            return jnp.where(removed(w), w, merged) if keep_zeros else merged
 
         return tree.map_with_name(one, without(weights))
 
-    return Transform(config=config, params=params, label=f"merge_lora({'keep_zeros=True' if keep_zeros else ''})")
+    return Transform(config=config, params=params, label=f"merge_lora({'' if keep_zeros else 'keep_zeros=False'})")
 
 
 def product(a: Array, b: Array) -> Array:

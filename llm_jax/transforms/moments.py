@@ -45,7 +45,6 @@ class Growth:
 
 KINDS = {
     "average": "weights",
-    "z": "weights",
     "params0": "weights",
     "mu": "gradients",
     "trace": "gradients",

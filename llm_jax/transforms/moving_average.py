@@ -1,11 +1,14 @@
 """An exponential moving average of the weights, kept by the optimizer and read by evaluation."""
 
+import re
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
+from llm_jax import tree
 from llm_jax.transforms.base import IDENTITY, Transform, removed
 
 
@@ -16,10 +19,12 @@ class MovingAverageState(NamedTuple):
     average: Any
 
 
-def moving_average(decay: float) -> Transform:
+def moving_average(decay: float, masks: Sequence[str] = ()) -> Transform:
     """average <- decay * average + (1 - decay) * params after each update, from the initial params (Polyak and Juditsky 1992).
 
-    The average of a weight that is removed is 0, so that pruning is seen in it too.
+    Args:
+        decay: 0 for none.
+        masks: regexes of weights whose zeros are a mask; the average of such a zero is 0.
     """
     if not decay:
         return IDENTITY
@@ -28,17 +33,24 @@ def moving_average(decay: float) -> Transform:
         inner = optax.with_extra_args_support(inner)
 
         def init(params):
-            return MovingAverageState(inner.init(params), jax.tree.map(lambda x: x + 0, params))
+            return MovingAverageState(inner.init(params), jax.tree.map(jnp.copy, params))
 
         def step(updates, state, params, **extra):
             updates, below = inner.update(updates, state.inner, params, **extra)
 
-            def one(u: Any, a: Any, p: Any) -> Any:
-                if u is None:  # a transform inside froze it
-                    return a
-                return jnp.where(removed(p + u), 0, decay * a + (1 - decay) * (p + u))
+            def one(name: str, u: Any, a: Any, p: Any) -> Any:
+                now = decay * a + (1 - decay) * (p + u)
+                return jnp.where(removed(p + u), 0, now) if any(re.fullmatch(regex, name) for regex in masks) else now
 
-            average = jax.tree.map(one, updates, state.average, params, is_leaf=lambda u: u is None)
+            names = tree.map_with_name(lambda name, _: name, state.average)
+            average = jax.tree.map(
+                lambda u, name, a, p: a if u is None else one(name, u, a, p),  # None: a transform inside froze it
+                updates,
+                names,
+                state.average,
+                params,
+                is_leaf=lambda u: u is None,
+            )
             return updates, MovingAverageState(below, average)
 
         return optax.GradientTransformationExtraArgs(init, step)

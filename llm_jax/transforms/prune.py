@@ -119,6 +119,7 @@ def prune(
         calibration=batches if score in FROM_DATA else 0,
         steps=schedule[1] if schedule else 0,
         card=lambda params: pruned_card(params, rule.targets),
+        masks=rule.targets,
     )
 
 
@@ -248,8 +249,8 @@ def _at(function: Callable[..., Any], kept: Any, x: Any, *more: Any) -> Any:
 
 
 def _settled(kept: Array, u: Array, p: Array) -> Array:
-    """The update after which a weight is 0 if it is not kept, and only then: one that would end at 0 by chance, or leave a -0, waits."""
-    return jnp.where(kept, jnp.where((u == 0) | (u == -p), -0.0, u), -p)
+    """The update after which a weight that is not kept is 0; one that is, and does not move, stays -0 where it was."""
+    return jnp.where(kept, jnp.where(u == 0, -0.0, u), -p)
 
 
 def _hold(targets: Sequence[str]) -> Callable[[optax.GradientTransformation], optax.GradientTransformation]:
@@ -350,12 +351,13 @@ def keep_zeros(names: Sequence[str]) -> Transform:
         update=_hold(tuple(names)),
         label=f"keep_zeros({list(names)})",
         card=lambda params: pruned_card(params, names),
+        masks=tuple(names),
     )
 
 
 def densify() -> Transform:
     """A run from a pruned model that says so trains its zeros like other weights."""
-    return Transform(label="densify()")
+    return Transform(label="densify()", densify=True)
 
 
 def sparsities(params: Params, names: Sequence[str]) -> dict[str, float]:

@@ -32,7 +32,9 @@ def unfreeze(every: int) -> Transform:
             updates, below = rule.update(updates, state["inner"], params, **extra)
             stage = 1 + state["step"] // every
             updates = tree.map_with_name(
-                lambda _, u, depth: jnp.where(jnp.asarray(depth) <= stage, u, 0).astype(u.dtype),
+                lambda _, u, depth: jnp.where(jnp.asarray(depth) <= stage, u, -0.0).astype(
+                    u.dtype
+                ),  # p + -0 is p, also where p is -0
                 updates,
                 depths(updates),
             )

@@ -533,16 +533,43 @@ def test_each_step_of_a_schedule(score, straight_through):
     np.testing.assert_array_equal(states[-1].params["decoder"]["layers"]["mlp"]["up"] != 0, kept)
 
 
-def test_a_weight_that_is_kept_never_ends_at_the_zero_of_one_that_is_removed():
-    """Whatever the rule says: an update to 0 exactly waits, and that of a new weight, which begins at -0, leaves it so or moves it."""
-    up = np.array([[[0.0, -0.0, -0.0, 0.25, 0.25, 0.0]]], np.float32)
-    wanted = np.array([[[1.0, 0.0, 0.5, -0.25, -0.5, -0.0]]], np.float32)
+def test_a_new_weight_does_not_end_at_the_zero_of_one_that_is_removed():
+    """A new weight begins at -0: an update of 0 leaves it there, any other moves it; one that is removed stays."""
+    up = np.array([[[0.0, -0.0, -0.0, 0.25, 0.0]]], np.float32)
+    wanted = np.array([[[1.0, 0.0, 0.5, -0.5, -0.0]]], np.float32)
     rule = optax.GradientTransformation(lambda params: (), lambda updates, state, params: (toy(wanted), state))
     params, update = toy(up), keep_zeros([UP]).update(rule)
     made = optax.apply_updates(params, update.update(params, update.init(params), params)[0])
     found = np.asarray(made["decoder"]["layers"]["mlp"]["up"])
-    np.testing.assert_array_equal(found, [[[0, 0, 0.5, 0.25, -0.25, 0]]])
-    np.testing.assert_array_equal(np.signbit(found), [[[False, True, False, False, True, False]]])
+    np.testing.assert_array_equal(found, [[[0, 0, 0.5, -0.25, 0]]])
+    np.testing.assert_array_equal(np.signbit(found), [[[False, True, False, True, False]]])
+
+
+@pytest.mark.parametrize("inside", [True, False])
+@pytest.mark.parametrize("straight_through", [True, False])
+def test_what_is_pruned_already_is_pruned_further(inside, straight_through):
+    """On a schedule, whether the zeros that were there are kept inside of it or outside."""
+    further = prune(
+        0.75,
+        schedule=(0, 4, 1),
+        score="movement" if straight_through else "magnitude",
+        straight_through=straight_through,
+    )
+    both = (keep_zeros([UP]), further) if inside else (further, keep_zeros([UP]))
+    rng = np.random.default_rng(0)
+    params = toy(np.where(rng.random((1, 8, 8)) < 0.25, 0, rng.standard_normal((1, 8, 8))).astype(np.float32))
+    optimizer = chain(*both).update(optax.sgd(0.01))
+    state = optimizer.init(params)
+    for _ in range(6):
+        updates, state = optimizer.update(jax.tree.map(jnp.ones_like, params), state, params)
+        params = optax.apply_updates(params, updates)
+    assert int((params["decoder"]["layers"]["mlp"]["up"] == 0).sum()) == 48
+
+
+def test_schedule_free_weights_are_pruned_too(problem):
+    last = train(problem, prune(0.5), 3, name="schedule_free_adamw")[-1]
+    for name, x in matrices(optim.eval_params(last.opt_state, last.params)).items():
+        assert (x == 0).mean() == 0.5, name
 
 
 def test_a_skipped_update_is_no_step_of_the_schedule():
