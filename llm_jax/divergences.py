@@ -88,7 +88,7 @@ def over_top_k(
     divergence: Divergence,
     student: Outputs,
     ids: Int[Array, "B S k"],
-    log_p: Float[Array, "B S k"],
+    log_p: Float[Array, "B S k+1"],
     weights: Float[Array, "B S"],
     temperature: float = 1.0,
 ) -> Float[Array, ""]:
@@ -97,25 +97,27 @@ def over_top_k(
     Joining outcomes never makes a divergence larger: this is a lower bound, tight where the teacher's mass is among the k.
     """
     assert student.kernel is not None, "the student needs a head over the vocabulary"
-    vocab = student.kernel.shape[0]
 
     def each(logits: Array, given: tuple[Array, Array], table: Any) -> Array:
         ids, log_p = given
-        return divergence(buckets(logits / temperature, ids), with_tail(log_p, vocab))
+        return divergence(buckets(logits / temperature, ids), log_p.astype(jnp.float32))
 
     head = (student.hidden, student.kernel, student.bias)
     return temperature**2 * _summed(each, head, (ids, log_p), None, weights)
 
 
-def top_k(outputs: Outputs, k: int, temperature: float = 1.0) -> tuple[Int[Array, "B S k"], Float[Array, "B S k"]]:
-    """The k most probable tokens under softmax(logits / T) and their log-probabilities, in chunks."""
+def top_k(outputs: Outputs, k: int, temperature: float = 1.0) -> tuple[Int[Array, "B S k"], Float[Array, "B S k+1"]]:
+    """The k most probable tokens under softmax(logits / T), and the log-probabilities of each and of all others together, in chunks.
+
+    That of the others is a sum of theirs, not what rounding leaves of 1. Where k is V there are no others.
+    """
     hidden, kernel = outputs.hidden, outputs.kernel
     assert kernel is not None, "the model has no head over the vocabulary"
 
     def chunk(_: None, hidden: Array) -> tuple[None, tuple[Array, Array]]:
         log_p = jax.nn.log_softmax(_logits(_flat(hidden), kernel, outputs.bias) / temperature)
-        best, ids = jax.lax.top_k(log_p, k)
-        return None, (ids.reshape(*hidden.shape[:2], k), best.reshape(*hidden.shape[:2], k))
+        ids = jax.lax.top_k(log_p, k)[1]
+        return None, (ids.reshape(*hidden.shape[:2], k), buckets(log_p, ids).reshape(*hidden.shape[:2], -1))
 
     rows, length = hidden.shape[:2]
     _, found = jax.lax.scan(chunk, None, _cut(hidden, _chunks(rows, length, kernel.shape[0])))
@@ -129,15 +131,6 @@ def buckets(logits: Float[Array, "N V"], ids: Int[Array, "N k"]) -> Float[Array,
         return chosen
     rest = logits.at[jnp.arange(logits.shape[0])[:, None], ids].set(-jnp.inf)
     return jnp.concatenate([chosen, jax.nn.logsumexp(rest, axis=-1, keepdims=True)], axis=-1)
-
-
-def with_tail(log_p: Float[Array, "N k"], vocab: int) -> Float[Array, "N k+1"]:
-    """The log-probabilities of k tokens and that of all others together, no less than rounding leaves of it."""
-    if log_p.shape[-1] == vocab:
-        return log_p
-    log_p = log_p.astype(jnp.float32)
-    tail = 1 - jnp.sum(jnp.exp(log_p), axis=-1, keepdims=True)
-    return jnp.concatenate([log_p, jnp.log(jnp.maximum(tail, 1e-7))], axis=-1)
 
 
 def _pass(each, head, given, table, weights, differentiated):

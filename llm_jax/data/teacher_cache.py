@@ -1,6 +1,7 @@
 """What a teacher found most probable in each row of a run, on disk, so that a student learns from it without the teacher.
 
-A folder of `cache.json`, the header, and shards `00000.npz` of rows: `keys` (N, 16) uint8, `ids` (N, S, k) and `log_p` (N, S, k) float16.
+A folder of `cache.json`, the header, and shards `00000.npz` of rows: `keys` (N, 16) uint8, `ids` (N, S, k) and `log_p` (N, S, k + 1) float16,
+whose last entry is that of all other tokens.
 A row's key is a digest of all that the model reads and is asked in it, so that no row can be taken for another.
 """
 
@@ -68,7 +69,7 @@ def row_keys(batch: Batch) -> list[bytes]:
 def write_cache(
     folder: Path, header: Header, batches: Iterable[tuple[Batch, np.ndarray, np.ndarray]], shard_rows: int = 1024
 ) -> Header:
-    """Write each (batch, ids (B, S, k), log_p (B, S, k)); equal rows once. The header, with rows and mass, is written last.
+    """Write each (batch, ids (B, S, k), log_p (B, S, k + 1)); equal rows once. The header, with rows and mass, is written last.
 
     What a writer that was stopped left in the folder is removed first.
 
@@ -98,7 +99,7 @@ def write_cache(
         shards += 1
 
     for batch, ids, log_p in batches:
-        covered = np.exp(np.asarray(log_p, np.float64)).sum(axis=-1)
+        covered = np.exp(np.asarray(log_p, np.float64)[..., : header.k]).sum(axis=-1)
         for i, key in enumerate(row_keys(batch)):
             if key in seen:
                 continue
@@ -148,7 +149,7 @@ class TeacherCache:
             raise DataError(f"the cache {folder} holds {len(self._places)} of its {self.header.rows} rows")
 
     def add(self, batch: Batch) -> dict[str, Any]:
-        """The batch with `teacher_ids` int32 and `teacher_log_p` float32, (B, S, k). Raises DataError for a row that is not there."""
+        """The batch with `teacher_ids` int32 and `teacher_log_p` float32, (B, S, k) and (B, S, k + 1). Raises DataError for a row that is not there."""
         found = []
         for key in row_keys(batch):
             if key not in self._places:

@@ -488,7 +488,21 @@ def test_top_k(chunk, monkeypatch):
     ids, log_p = jit(lambda: divergences.top_k(outputs(*TEACHER), 5, 2.0))()
     expected = np.log(softmax(logits_of(*double(TEACHER)) / 2))
     np.testing.assert_array_equal(ids, np.argsort(-expected, axis=-1)[..., :5])
-    np.testing.assert_allclose(log_p, np.take_along_axis(expected, np.asarray(ids), -1), atol=1e-5)
+    np.testing.assert_allclose(log_p[..., :5], np.take_along_axis(expected, np.asarray(ids), -1), atol=1e-5)
+    np.testing.assert_allclose(np.exp(log_p[..., 5]), 1 - np.exp(np.float64(log_p[..., :5])).sum(-1), rtol=1e-3)
+
+
+def test_the_others_of_a_teacher_that_is_sure_are_not_lost_to_rounding():
+    hidden, kernel, bias = TEACHER
+    sharp = outputs(40 * hidden, kernel, bias)
+    ids, log_p = divergences.top_k(sharp, 5)
+    logits = np.float64(logits_of(*double((40 * hidden, kernel, bias))))
+    np.put_along_axis(logits, np.asarray(ids), -np.inf, -1)
+    others = np.log(np.exp(logits - logits.max(-1, keepdims=True)).sum(-1)) + logits.max(-1)
+    whole = np.float64(logits_of(*double((40 * hidden, kernel, bias))))
+    norm = np.log(np.exp(whole - whole.max(-1, keepdims=True)).sum(-1)) + whole.max(-1)
+    assert (others - norm).min() < np.log(1e-7)
+    np.testing.assert_allclose(log_p[..., 5], others - norm, rtol=1e-3)
 
 
 @pytest.mark.parametrize("name, chunk", [("forward_kl", None), ("forward_kl", FOUR), ("jensen_shannon", FOUR)])
@@ -531,7 +545,7 @@ def cache(problem, wide, tmp_path):
         (jax.tree.map(lambda x, i=i: x[i : i + 4], problem.batch), ids[i : i + 4], log_p[i : i + 4]) for i in (0, 4, 0)
     ]
     written = write_cache(tmp_path / "cache", header, parts, shard_rows=5)
-    p = np.exp(np.float64(log_p)).sum(-1)
+    p = np.exp(np.float64(log_p[..., :6])).sum(-1)
     weights = problem.batch["weights"]
     np.testing.assert_allclose(written.mass, (p * weights).sum() / weights.sum(), rtol=1e-6)
     assert written.rows == 8 and len(list((tmp_path / "cache").glob("*.npz"))) == 2
