@@ -223,9 +223,10 @@ def _import(arguments: Sequence[str]) -> None:
         "--head", help="of a directory: none, lm, mlm, classification or span; by default that of its config.json"
     )
     parser.add_argument("--labels", type=int, help="classes of a classification head that is made afresh")
+    parser.add_argument("--adapter", help="a folder of PEFT's, whose factors are put beside the weights")
     options = parser.parse_args(arguments)
     from llm_jax import model, tree
-    from llm_jax.interop import huggingface
+    from llm_jax.interop import huggingface, peft
 
     kind, path = model.locate(options.source)
     if options.head or options.labels:
@@ -234,6 +235,8 @@ def _import(arguments: Sequence[str]) -> None:
         loaded = huggingface.load(path, head=options.head, labels=options.labels)
     else:
         loaded = model.load(path)
+    if options.adapter:
+        loaded = peft.load(options.adapter, loaded)
     model.save(loaded, options.checkpoint)
     origin = loaded.card.get("huggingface") or loaded.card.get("gguf") or {}
     found = {
@@ -247,13 +250,25 @@ def _import(arguments: Sequence[str]) -> None:
 
 
 def _export(arguments: Sequence[str]) -> None:
-    """Write a checkpoint in another project's form, with its tokenizer: --format=hf, a Hugging Face directory."""
+    """Write a checkpoint in another project's form: --format=hf, a Hugging Face directory; --format=peft, its factors of low rank alone."""
     parser = _parser("export", _export, "python -m llm_jax export runs/snippets_minilm out/minilm-reviews --format=hf")
     parser.add_argument("checkpoint", help="a checkpoint or a run's folder")
     parser.add_argument("out", help="the folder to write; must be absent or empty")
-    parser.add_argument("--format", choices=["hf"], default="hf")
+    parser.add_argument("--format", choices=["hf", "peft"], default="hf")
+    parser.add_argument("--base", default="", help="of peft: where PEFT finds the base model")
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="by default that of the import")
     options = parser.parse_args(arguments)
+    if options.format == "peft":
+        if options.dtype:
+            raise UserError("--dtype is for --format=hf: an adapter is written as it is")
+        from llm_jax import model
+        from llm_jax.interop import peft
+
+        peft.save(model.load(options.checkpoint), options.out, options.base)
+        _print({"path": options.out, "format": "peft"}, f"adapter        {options.out}", options.json)
+        return
+    if options.base:
+        raise UserError("--base is for --format=peft")
     from llm_jax.interop.huggingface import export_model
 
     found = export_model(options.checkpoint, options.out, dtype=options.dtype)

@@ -109,7 +109,7 @@ def choose_family(config: ModelConfig, name: str | None) -> Family:
     if config.lora_rank:
         raise CheckpointError(
             "a model with factors of low rank beside its weights is no model of transformers: fold them in with merge_lora(), "
-            "or write them alone, for PEFT, with interop.peft.save"
+            "or write them alone: export --format=peft"
         )
     if name is not None:
         family = FAMILIES[choose("family", name, FAMILIES, CheckpointError)]

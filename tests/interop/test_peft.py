@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from llm_jax import tree
+from llm_jax import cli, tree
 from llm_jax.errors import CheckpointError
 from llm_jax.interop import huggingface, peft, tensor_files
-from llm_jax.model import Model, apply
+from llm_jax.model import Model, apply, load, save
 from llm_jax.models import transformer
 from llm_jax.transforms.lora import lora, merge_lora
 
@@ -115,6 +115,20 @@ def test_a_head_comes_with_it(made, tmp_path, family):
     )
     again = peft.load(tmp_path / "adapter", base)
     jax.tree.map(np.testing.assert_array_equal, again.params, params)
+
+
+def test_the_verbs_write_and_read_an_adapter(made, tmp_path, capsys):
+    base = made("llama")
+    model = adapt(base)
+    save(model, tmp_path / "model")
+    huggingface.save(base, tmp_path / "base")
+    where, adapter, again = (str(tmp_path / name) for name in ("model", "adapter", "again"))
+    assert cli.main(["export", where, adapter, "--format=peft", "--base=some/base"]) == 0
+    assert cli.main(["import", str(tmp_path / "base"), again, "--adapter", adapter]) == 0
+    jax.tree.map(np.testing.assert_array_equal, load(again).params, model.params)
+    assert cli.main(["export", where, str(tmp_path / "hf")]) == 2 and "--format=peft" in capsys.readouterr().err
+    assert cli.main(["export", where, str(tmp_path / "x"), "--format=peft", "--dtype=bfloat16"]) == 2
+    assert cli.main(["export", where, str(tmp_path / "x"), "--base=some/base"]) == 2
 
 
 def test_it_lies_where_the_rules_say(made, tmp_path):
