@@ -1,7 +1,7 @@
 """Claims: pruning adds 2% to a step at most; a step of distillation costs at most 1.15 of the teacher's forward pass and the student's step.
 
     pip install -e .
-    python -m benchmarks.transform_cost [--repeats 9]
+    python -m benchmarks.transform_cost [--repeats 41]
 
 MiniLM (22.7M parameters) and half of it, 4 rows of 64 tokens, AdamW. The steps take turns in one process; medians of the ratios of each turn. That
 the memory of distillation does not grow with tokens x vocabulary is tested in tests/transforms/test_distil.py. Wants a machine without other work.
@@ -24,7 +24,7 @@ from llm_jax.models import transformer
 from llm_jax.platform import compiler_options, setup
 from llm_jax.transforms import distil, new_head, prune, shrink
 
-STEPS = 20
+STEPS = 5
 """Steps a turn"""
 
 
@@ -74,7 +74,7 @@ def forward(folder: Path) -> Callable[[], float]:
 
 def main():
     parser = argparse.ArgumentParser()
-    parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--repeats", type=int, default=41)
     repeats = parser.parse_args().repeats
     setup()
     head, half = new_head("classification", labels=2), shrink(layers=(0, 2, 4))
