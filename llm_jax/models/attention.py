@@ -1,6 +1,7 @@
 """Scaled dot-product attention, in the form that suits the platform, behind one function; and who may look at whom.
 
-cuDNN on GPU through `jax.nn.dot_product_attention`, einsums elsewhere. All forms compute the same formula.
+cuDNN on GPU through `jax.nn.dot_product_attention`, einsums elsewhere; a ring (`ring.py`) where rows are split over devices. All forms compute the
+same formula.
 """
 
 import functools
@@ -9,6 +10,8 @@ from typing import Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
+
+from llm_jax.models import ring
 
 
 class Mask(NamedTuple):
@@ -53,6 +56,9 @@ def attend(
     """
     dropping = dropout_rate > 0 and key is not None
     plain = bias is None and not dropping and not want_weights
+    mesh = jax.sharding.get_abstract_mesh()
+    if plain and mask.aligned and not mesh.empty and mesh.shape[ring.AXIS] > 1:
+        return ring.attend(q, k, v, mask.query_segments, mask.causal, scale, mesh), None
     platform = jax.default_backend()
     if platform == "gpu" and not (dropping or want_weights):
         y = jax.nn.dot_product_attention(

@@ -1,0 +1,129 @@
+"""Attention over rows that are split over devices: keys and values travel around the ring of the mesh axis `context`.
+
+No device ever holds the keys of a whole row: it meets each part once in the forward pass and once in the backward pass, and keeps the running
+maximum and sum of a softmax that is never formed whole (Liu et al. 2023, Ring attention, algorithm 1). What is masked is the business of the caller.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+from jaxtyping import Array, Float, Int
+
+from llm_jax.sharding import fitted_spec
+
+AXIS = "context"
+LOW = float(jnp.finfo(jnp.float32).min)
+"""Score of a key that is hidden"""
+
+
+def attend(
+    q: Float[Array, "B S H E"],
+    k: Float[Array, "B S K E"],
+    v: Float[Array, "B S K E"],
+    segments: Int[Array, "B S"],
+    causal: bool,
+    scale: float,
+    mesh: Any,
+) -> Float[Array, "B S H E"]:
+    """softmax(scale * q k^T) v over keys of the query's segment and, if causal, of no later place in the row.
+
+    Rows are split over data and fsdp, places over context, heads over tensor. Segments are runs of equal numbers along a row.
+    """
+    names = ("batch", "length", "heads", None)
+    if fitted_spec(mesh, ("batch", "length", "kv", None), k.shape) != fitted_spec(mesh, names, q.shape):
+        # Too few key-value heads to be split as the query heads are: each query head gets its own
+        k, v = (jnp.repeat(x, q.shape[2] // k.shape[2], axis=2) for x in (k, v))
+    whole = fitted_spec(mesh, names, q.shape)
+    rows = PartitionSpec(*whole[:2])
+    count = mesh.shape[AXIS]
+    each = functools.partial(_ring, causal, scale, count)
+    place = jnp.broadcast_to(jnp.arange(q.shape[1], dtype=jnp.int32), segments.shape)
+    split = jax.shard_map(each, mesh=mesh, in_specs=(whole, whole, whole, rows, rows), out_specs=whole, check_vma=False)
+    return split(q, k, v, segments, place)
+
+
+def _next(x: Any, count: int) -> Any:
+    """What the device before this one in the ring holds."""
+    return jax.tree.map(lambda x: jax.lax.ppermute(x, AXIS, [(i, (i + 1) % count) for i in range(count)]), x)
+
+
+def _grouped(x: Float[Array, "B S N E"], heads: int) -> Float[Array, "B K G S E"]:
+    b, s, n, e = x.shape
+    return jnp.moveaxis(x, 1, 2).reshape(b, heads, n // heads, s, e)
+
+
+def _ungrouped(x: Float[Array, "B K G S E"]) -> Float[Array, "B S N E"]:
+    b, k, g, s, e = x.shape
+    return jnp.moveaxis(x.reshape(b, k * g, s, e), 1, 2)
+
+
+def _scores(q: Array, k: Array, here: Any, there: Any, causal: bool) -> Float[Array, "B K G S T"]:
+    """q k^T with what is hidden at `LOW`; `here` and `there` are segments and places of the queries and of the keys."""
+    scores = jnp.einsum("bkgse,bkte->bkgst", q, k, preferred_element_type=jnp.float32)
+    allowed = here[0][:, :, None] == there[0][:, None, :]
+    if causal:
+        allowed &= here[1][:, :, None] >= there[1][:, None, :]
+    return jnp.where(allowed[:, None, None], scores, LOW)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _ring(causal: bool, scale: float, count: int, q: Array, k: Array, v: Array, segments: Array, place: Array) -> Array:
+    return _forward(causal, scale, count, q, k, v, segments, place)[0]
+
+
+def _forward(causal, scale, count, q, k, v, segments, place):
+    heads, here = k.shape[2], (segments, place)
+    grouped = _grouped(q * jnp.asarray(scale, q.dtype), heads)
+    k, v = (jnp.moveaxis(x, 1, 2) for x in (k, v))
+
+    def meet(carry: Any, _: None) -> tuple[Any, None]:
+        top, total, out, (k, v, there) = carry
+        scores = _scores(grouped, k, here, there, causal)
+        new = jnp.maximum(top, jnp.max(scores, axis=-1, keepdims=True))
+        weights = jnp.exp(scores - new)
+        shrunk = jnp.exp(top - new)
+        total = total * shrunk + jnp.sum(weights, axis=-1, keepdims=True)
+        out = out * shrunk + jnp.einsum("bkgst,bkte->bkgse", weights.astype(v.dtype), v).astype(jnp.float32)
+        return (new, total, out, _next((k, v, there), count)), None
+
+    begin = (
+        jnp.full((*grouped.shape[:-1], 1), LOW, jnp.float32),
+        jnp.zeros((*grouped.shape[:-1], 1), jnp.float32),
+        jnp.zeros(grouped.shape, jnp.float32),
+        (k, v, here),
+    )
+    (top, total, out, _), _ = jax.lax.scan(meet, begin, None, length=count)
+    out = out / total  # a query sees itself, so that the sum is above 0
+    found = _ungrouped(out.astype(q.dtype))
+    return found, (grouped, k, v, here, out, top + jnp.log(total))
+
+
+def _backward(causal, scale, count, kept, d_found):
+    q, k, v, here, out, log_total = kept
+    heads = k.shape[1]
+    d_out = _grouped(d_found, heads).astype(jnp.float32)
+    shared = jnp.sum(d_out * out, axis=-1, keepdims=True)
+
+    def meet(carry: Any, _: None) -> tuple[Any, None]:
+        d_q, (k, v, there, d_k, d_v) = carry
+        weights = jnp.exp(_scores(q, k, here, there, causal) - log_total)
+        d_v = d_v + jnp.einsum("bkgst,bkgse->bkte", weights, d_out)
+        d_weights = jnp.einsum("bkgse,bkte->bkgst", d_out, v.astype(jnp.float32))
+        d_scores = (weights * (d_weights - shared)).astype(q.dtype)
+        d_q = d_q + jnp.einsum("bkgst,bkte->bkgse", d_scores, k).astype(jnp.float32)
+        d_k = d_k + jnp.einsum("bkgst,bkgse->bkte", d_scores, q).astype(jnp.float32)
+        return (d_q, _next((k, v, there, d_k, d_v), count)), None
+
+    zeros = jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32)
+    (d_q, (_, _, _, d_k, d_v)), _ = jax.lax.scan(
+        meet, (jnp.zeros(q.shape, jnp.float32), (k, v, here, *zeros)), None, length=count
+    )
+    d_q = _ungrouped(d_q * scale).astype(q.dtype)
+    d_k, d_v = (jnp.moveaxis(x, 1, 2).astype(y.dtype) for x, y in ((d_k, k), (d_v, v)))
+    return d_q, d_k, d_v, None, None
+
+
+_ring.defvjp(_forward, _backward)
