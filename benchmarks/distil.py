@@ -5,7 +5,7 @@
     python -m benchmarks.distil speed
 
 The teacher is configs/snippets_minilm.py, the student configs/distilbert_reviews.py, on 12,808 snippets of reviews split by film and, with the
-teacher, on 45,700 sentences without labels; without a teacher the same student is fine-tuned on the snippets' labels. `speed` wants a machine without other work.
+teacher, on 45,700 sentences without labels; without a teacher the same student is fine-tuned on the snippets' labels. `speed` wants an idle machine.
 """
 
 import argparse

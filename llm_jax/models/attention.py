@@ -1,7 +1,7 @@
 """Scaled dot-product attention, in the form that suits the platform, behind one function; and who may look at whom.
 
-cuDNN on GPU through `jax.nn.dot_product_attention`, einsums elsewhere; a ring (`ring.py`) where rows are split over devices. All forms compute the
-same formula.
+The splash kernel on TPU, cuDNN on GPU through `jax.nn.dot_product_attention`, einsums elsewhere; a ring (`ring.py`) where rows are split over
+devices. All forms compute the same formula.
 """
 
 import functools
@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from llm_jax.models import ring
+from llm_jax.models import ring, splash
 
 
 class Mask(NamedTuple):
@@ -60,6 +60,8 @@ def attend(
     if plain and mask.aligned and not mesh.empty and mesh.shape[ring.AXIS] > 1:
         return ring.attend(q, k, v, mask.query_segments, mask.causal, scale, mesh), None
     platform = jax.default_backend()
+    if platform == "tpu" and plain and mask.aligned and splash.fits(q):
+        return splash.attend(q, k, v, mask.query_segments, mask.causal, scale, mesh), None
     if platform == "gpu" and not (dropping or want_weights):
         y = jax.nn.dot_product_attention(
             q, k, v, bias=bias, mask=mask.allowed()[:, None], scale=scale, implementation=_gpu_form(q)
