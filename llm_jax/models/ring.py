@@ -15,6 +15,8 @@ from jaxtyping import Array, Float, Int
 from llm_jax.sharding import fitted_spec
 
 AXIS = "context"
+BLOCK = 512
+"""Queries whose scores a device holds at once"""
 LOW = float(jnp.finfo(jnp.float32).min)
 """Score of a key that is hidden"""
 
@@ -60,6 +62,22 @@ def _ungrouped(x: Float[Array, "B K G S E"]) -> Float[Array, "B S N E"]:
     return jnp.moveaxis(x.reshape(b, k * g, s, e), 1, 2)
 
 
+def _cut(x: Any, axis: int) -> Any:
+    """Each array in blocks of `BLOCK` places along an axis, which come first; one block where it is no multiple of that."""
+
+    def one(x: Array) -> Array:
+        size = BLOCK if x.shape[axis] % BLOCK == 0 else x.shape[axis]
+        return jnp.moveaxis(x.reshape(*x.shape[:axis], -1, size, *x.shape[axis + 1 :]), axis, 0)
+
+    return jax.tree.map(one, x)
+
+
+def _join(x: Array, axis: int) -> Array:
+    """The inverse of `_cut`."""
+    x = jnp.moveaxis(x, 0, axis)
+    return x.reshape(*x.shape[:axis], -1, *x.shape[axis + 2 :])
+
+
 def _scores(q: Array, k: Array, here: Any, there: Any, causal: bool) -> Float[Array, "B K G S T"]:
     """q k^T with what is hidden at `LOW`; `here` and `there` are segments and places of the queries and of the keys."""
     scores = jnp.einsum("bkgse,bkte->bkgst", q, k, preferred_element_type=jnp.float32)
@@ -75,53 +93,57 @@ def _ring(causal: bool, scale: float, count: int, q: Array, k: Array, v: Array, 
 
 
 def _forward(causal, scale, count, q, k, v, segments, place):
-    heads, here = k.shape[2], (segments, place)
-    grouped = _grouped(q * jnp.asarray(scale, q.dtype), heads)
+    queries = _cut(_grouped(q * jnp.asarray(scale, q.dtype), k.shape[2]), 3)
+    here = _cut((segments, place), 1)
     k, v = (jnp.moveaxis(x, 1, 2) for x in (k, v))
 
     def meet(carry: Any, _: None) -> tuple[Any, None]:
-        top, total, out, (k, v, there) = carry
-        scores = _scores(grouped, k, here, there, causal)
-        new = jnp.maximum(top, jnp.max(scores, axis=-1, keepdims=True))
-        weights = jnp.exp(scores - new)
-        shrunk = jnp.exp(top - new)
-        total = total * shrunk + jnp.sum(weights, axis=-1, keepdims=True)
-        out = out * shrunk + jnp.einsum("bkgst,bkte->bkgse", weights.astype(v.dtype), v).astype(jnp.float32)
-        return (new, total, out, _next((k, v, there), count)), None
+        state, (k, v, there) = carry
 
-    begin = (
-        jnp.full((*grouped.shape[:-1], 1), LOW, jnp.float32),
-        jnp.zeros((*grouped.shape[:-1], 1), jnp.float32),
-        jnp.zeros(grouped.shape, jnp.float32),
-        (k, v, here),
-    )
-    (top, total, out, _), _ = jax.lax.scan(meet, begin, None, length=count)
+        def block(part: Any) -> Any:
+            q, here, (top, total, out) = part
+            scores = _scores(q, k, here, there, causal)
+            new = jnp.maximum(top, jnp.max(scores, axis=-1, keepdims=True))
+            weights, shrunk = jnp.exp(scores - new), jnp.exp(top - new)
+            total = total * shrunk + jnp.sum(weights, axis=-1, keepdims=True)
+            out = out * shrunk + jnp.einsum("bkgst,bkte->bkgse", weights.astype(v.dtype), v).astype(jnp.float32)
+            return new, total, out
+
+        return (jax.lax.map(block, (queries, here, state)), _next((k, v, there), count)), None
+
+    column = (*queries.shape[:-1], 1)
+    state = jnp.full(column, LOW, jnp.float32), jnp.zeros(column, jnp.float32), jnp.zeros(queries.shape, jnp.float32)
+    ((top, total, out), _), _ = jax.lax.scan(meet, (state, (k, v, (segments, place))), None, length=count)
     out = out / total  # a query sees itself, so that the sum is above 0
-    found = _ungrouped(out.astype(q.dtype))
-    return found, (grouped, k, v, here, out, top + jnp.log(total))
+    return _ungrouped(_join(out, 3).astype(q.dtype)), (queries, k, v, segments, place, out, top + jnp.log(total))
 
 
 def _backward(causal, scale, count, kept, d_found):
-    q, k, v, here, out, log_total = kept
-    heads = k.shape[1]
-    d_out = _grouped(d_found, heads).astype(jnp.float32)
+    queries, k, v, segments, place, out, log_total = kept
+    here = _cut((segments, place), 1)
+    d_out = _cut(_grouped(d_found, k.shape[1]).astype(jnp.float32), 3)
     shared = jnp.sum(d_out * out, axis=-1, keepdims=True)
 
     def meet(carry: Any, _: None) -> tuple[Any, None]:
-        d_q, (k, v, there, d_k, d_v) = carry
-        weights = jnp.exp(_scores(q, k, here, there, causal) - log_total)
-        d_v = d_v + jnp.einsum("bkgst,bkgse->bkte", weights, d_out)
-        d_weights = jnp.einsum("bkgse,bkte->bkgst", d_out, v.astype(jnp.float32))
-        d_scores = (weights * (d_weights - shared)).astype(q.dtype)
-        d_q = d_q + jnp.einsum("bkgst,bkte->bkgse", d_scores, k).astype(jnp.float32)
-        d_k = d_k + jnp.einsum("bkgst,bkgse->bkte", d_scores, q).astype(jnp.float32)
-        return (d_q, _next((k, v, there, d_k, d_v), count)), None
+        d_queries, (k, v, there, d_k, d_v) = carry
+
+        def block(sums: Any, part: Any) -> tuple[Any, Array]:
+            (d_k, d_v), (q, here, d_out, shared, log_total, d_q) = sums, part
+            weights = jnp.exp(_scores(q, k, here, there, causal) - log_total)
+            d_v = d_v + jnp.einsum("bkgst,bkgse->bkte", weights, d_out)
+            d_weights = jnp.einsum("bkgse,bkte->bkgst", d_out, v.astype(jnp.float32))
+            d_scores = (weights * (d_weights - shared)).astype(q.dtype)
+            d_k = d_k + jnp.einsum("bkgst,bkgse->bkte", d_scores, q).astype(jnp.float32)
+            return (d_k, d_v), d_q + jnp.einsum("bkgst,bkte->bkgse", d_scores, k).astype(jnp.float32)
+
+        parts = (queries, here, d_out, shared, log_total, d_queries)
+        (d_k, d_v), d_queries = jax.lax.scan(block, (d_k, d_v), parts)
+        return (d_queries, _next((k, v, there, d_k, d_v), count)), None
 
     zeros = jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32)
-    (d_q, (_, _, _, d_k, d_v)), _ = jax.lax.scan(
-        meet, (jnp.zeros(q.shape, jnp.float32), (k, v, here, *zeros)), None, length=count
-    )
-    d_q = _ungrouped(d_q * scale).astype(q.dtype)
+    begin = jnp.zeros(queries.shape, jnp.float32), (k, v, (segments, place), *zeros)
+    (d_queries, (_, _, _, d_k, d_v)), _ = jax.lax.scan(meet, begin, None, length=count)
+    d_q = _ungrouped(_join(d_queries, 3) * scale).astype(queries.dtype)
     d_k, d_v = (jnp.moveaxis(x, 1, 2).astype(y.dtype) for x, y in ((d_k, k), (d_v, v)))
     return d_q, d_k, d_v, None, None
 
