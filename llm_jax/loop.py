@@ -25,6 +25,7 @@ from llm_jax.metrics import rising
 from llm_jax.parts import Parts, build, cost_told, describe
 from llm_jax.platform import await_buffers, gather, release_freed_memory, setup
 from llm_jax.tasks.base import Judgement
+from llm_jax.times import Times, Trace
 
 log = logging.getLogger(__name__)
 
@@ -38,6 +39,7 @@ FREE = (
     "data.workers",
     "data.max_dropped",
     "optimizer.max_nonfinite",
+    "profile",
 )
 """Keys that may differ between a run and its continuation; `check_fingerprint` judges the workers."""
 
@@ -62,7 +64,7 @@ def _train(run: Run, others: processes.Together, begin: float) -> dict[str, Any]
         run.folder.mkdir(parents=True, exist_ok=True)
         parts = build(run)
         with jax.set_mesh(parts.mesh):
-            return _Session(parts, others).carry_out(begin)
+            return _Session(parts, others, begin).carry_out(begin)
     except OSError as e:
         if checkpoint.is_full(e):
             raise CheckpointError(
@@ -121,7 +123,7 @@ def _of_model(params: Any, extra: tuple[str, ...]) -> Any:
 class _Session:
     """One carrying out of a run."""
 
-    def __init__(self, parts: Parts, others: processes.Together):
+    def __init__(self, parts: Parts, others: processes.Together, begin: float):
         self.parts, self.run, self.others = parts, parts.run, others
         self.lead = jax.process_index() == 0
         self.saved = checkpoint.Checkpoints(self.run.folder, self.run.checkpoint)
@@ -137,6 +139,7 @@ class _Session:
             (self.run.folder / "config.json").write_text(json.dumps(to_dict(self.run), indent=1), encoding="utf-8")
             parts.tokenizer.save(self.run.folder / "tokenizer.json")
         self.metrics = logs.Metrics(self.run.folder, self.start, self.run.steps, silent=not self.lead)
+        self.times, self.trace = Times(begin), Trace(self.run.folder, self.run.profile)
         self.lap = time.perf_counter()
 
     def _begin(self) -> step.TrainState:
@@ -186,14 +189,17 @@ class _Session:
             if not self.resumed and (told := self.inherited.get("moments")):
                 self.metrics.say(f"moments {told}")
             while not self.ended:
-                self.one_step()
+                with self.times.of("compile" if self.at == self.start else "step"):
+                    self.one_step()
                 last = self.at == run.steps
                 if last or (run.eval.every and self.at % run.eval.every == 0):
-                    self.evaluate(0 if last and not run.eval.patience else run.eval.batches)
+                    with self.times.of("evaluation"):
+                        self.evaluate(0 if last and not run.eval.patience else run.eval.batches)
                 improved = run.eval.patience and self.best["step"] == self.at
                 stopping = self.others.stopping(self.at) and not self.ended
                 if self.ended or improved or stopping or self.at % run.checkpoint.every == 0:
-                    self.save()
+                    with self.times.of("checkpoint"):
+                        self.save()
                 if stopping:
                     self.saved.wait()
                     raise processes.Stopped(
@@ -204,7 +210,8 @@ class _Session:
             if self.at == self.start and not self.resumed:
                 self.save()
             Accounting(self.totals()).check(run.data.max_dropped, final=True)
-            self.saved.wait()
+            with self.times.of("checkpoint"):
+                self.saved.wait()
             if run.eval.patience:
                 self.return_to_best()
             return self.finish(begin)
@@ -212,6 +219,7 @@ class _Session:
             self.saved.abandon()
             raise
         finally:
+            self.trace.close()
             self.metrics.close()
 
     @property
@@ -222,17 +230,20 @@ class _Session:
 
     def one_step(self) -> None:
         """Take a batch and a step; read the metrics of the step before, so that the device is never waited for."""
-        before = time.perf_counter()
-        rows = next(self.parts.train)
-        waited = time.perf_counter() - before
+        before = self.times.seconds["input"]
+        with self.times.of("input"):
+            rows = next(self.parts.train)
+        waited = self.times.seconds["input"] - before
         self.accounting.add(rows.account)
         self.accounting.check(self.run.data.max_dropped)
         batch = sharding.put(self.parts.rows(rows.batch), self.parts.mesh)
         work = flops.train_flops(self.parts.model, {name: x.shape for name, x in batch.items()})
         await_buffers(self.state)
         self.others.begin(self.at + 1)
+        self.trace.before(self.at + 1)
         self.state, metrics = self.parts.step(self.state, batch)
         self.at += 1
+        self.trace.after(self.at, self.state)
         self.counts["flops"] += work
         filled = rows.account[FIELDS.index("filled")] * sharding.rows_here(self.parts.mesh)[1]
         told = {"samples": rows.digest, "input_wait": waited, "work": work, "tokens": float(filled)}
@@ -405,6 +416,7 @@ class _Session:
             "skipped": int(self.state.skipped),
             **self.counts,
             "seconds": time.time() - begin,
+            "times": {name: round(seconds, 3) for name, seconds in self.times.seconds.items()},
             "steps_this_time": self.at - self.start,
             "peak_flops": [self.peak, self.peak_source],
         }

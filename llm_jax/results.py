@@ -53,7 +53,7 @@ def samples(parts: Parts, params: Any) -> list[dict[str, str]]:
         params,
         parts.tokenizer,
         settings.prompts,
-        max_new_tokens=settings.max_new_tokens,
+        max_new_tokens=64,
         temperature=0.8,
         top_p=0.95,
         seed=parts.run.seed,

@@ -487,7 +487,7 @@ def rebuilt(plain):
         for name, part in plain.items()
         if name in kinds and name != "task"
     }
-    rest = {name: x for name, x in plain.items() if name not in kinds and name != "transforms"}
+    rest = {name: tuples(x) for name, x in plain.items() if name not in kinds and name != "transforms"}
     return Run(**rest, **made, task=tasks.from_dict(plain["task"]))
 
 

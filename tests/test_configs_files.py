@@ -122,7 +122,6 @@ def shrunk(run: Run, folder: Path) -> Run:
             every=0,
             batches=1,
             prompts=run.eval.prompts[:1],
-            max_new_tokens=3,
             task=run.eval.task and short(run.eval.task),
         ),
     )

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llm_jax import checkpoint, cli, config, loop, model
+from llm_jax import checkpoint, cli, config, loop, model, times
 from llm_jax.card import content_hash
 from llm_jax.config import Batch, Data, Eval, Mesh, Optimizer, Run, Schedule
 from llm_jax.config import Checkpoint as Keep
@@ -110,9 +110,7 @@ def train_until(monkeypatch: pytest.MonkeyPatch, run: Run, step: int) -> None:
 @pytest.fixture(scope="module")
 def whole(texts: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, dict[str, Any]]:
     """An uninterrupted run, and what it returned. Copy the folder before changing anything in it."""
-    run = change(
-        tiny_run(texts, tmp_path_factory.mktemp("whole") / "run"), eval=dict(prompts=("ab", ""), max_new_tokens=5)
-    )
+    run = change(tiny_run(texts, tmp_path_factory.mktemp("whole") / "run"), eval=dict(prompts=("ab", "")))
     return run, loop.train(run)
 
 
@@ -588,3 +586,12 @@ def test_full_disk(whole: tuple[Run, dict[str, Any]], texts: Path, tmp_path: Pat
     assert f"resuming {small_disk}/run at step {known[-1]}" in after.stderr
     entries = [json.loads(line) for line in (small_disk / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [e["step"] for e in entries if "loss" in e] == [1, 2, 3, 4, 5, 6]
+
+
+def test_times_and_a_trace_of_chosen_steps(tiny, tmp_path):
+    result = loop.train(dataclasses.replace(tiny, workdir=str(tmp_path / "traced"), steps=4, profile=(2, 3)))
+    assert list(result["times"]) == list(times.PARTS) and all(x >= 0 for x in result["times"].values())
+    assert 0.5 * result["seconds"] < sum(result["times"].values()) <= result["seconds"]
+    assert list((tmp_path / "traced" / "profile").rglob("*.xplane.pb"))
+    with pytest.raises(ConfigError, match=r"run.profile is \(3, 2\)"):
+        dataclasses.replace(tiny, profile=(3, 2))

@@ -199,14 +199,12 @@ class Eval:
     patience: int = 0
     """evaluations in a row without a better checkpoint.best after which the run ends; 0 for none"""
     prompts: tuple[str, ...] = ()
-    """texts continued at the end of the run"""
-    max_new_tokens: int = 64
-    """tokens of each continuation"""
+    """texts continued at the end of the run, by 64 tokens"""
     task: Any = None
     """the task as it is evaluated, e.g. NextToken(overlap=128); None for the run's own"""
 
     def __post_init__(self):
-        positive(self, "eval", "every", "batches", "patience", "max_new_tokens", least=0)
+        positive(self, "eval", "every", "batches", "patience", least=0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -235,10 +233,16 @@ class Run:
     eval: Eval = Eval()
     log_every: int = 1
     """steps between lines of metrics.jsonl"""
+    profile: tuple[int, int] = (0, 0)
+    """first and last step of a trace for a profiler, in the run's folder under profile/; 0 0 for none"""
 
     def __post_init__(self):
         positive(self, "run", "steps", "epochs", least=0)
         positive(self, "run", "log_every")
+        if tuple(self.profile) != (0, 0) and not 1 <= self.profile[0] <= self.profile[1]:
+            raise ConfigError(
+                f"run.profile is {self.profile}: it must be a first and a last step, from 1, or 0 0 for none"
+            )
         if self.task is None:
             raise ConfigError("run.task is not set: name one of llm_jax.tasks, e.g. NextToken()")
         for name, task in (("run.task", self.task), ("eval.task", self.eval.task)):
