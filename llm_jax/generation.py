@@ -18,6 +18,7 @@ from llm_jax.errors import UserError
 from llm_jax.models import transformer
 from llm_jax.models.config import ModelConfig
 from llm_jax.models.transformer import Cache
+from llm_jax.platform import target
 
 
 @dataclasses.dataclass(frozen=True)
@@ -212,7 +213,7 @@ def stream(
         raise UserError(
             f"prompt and continuation take {longest} positions, the model has {config.max_length}: shorten one of them"
         )
-    if jax.default_backend() == "cpu":
+    if target() == "cpu":
         params = transformer.unstacked(config, params)
     chunk = min(chunk, max_new_tokens)
     chunks = -(-max_new_tokens // chunk)

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from llm_jax.models.heads import Outputs
+from llm_jax.platform import target
 
 CHUNK = 2**24
 """Logits that an accelerator holds at once, 64 MB in float32; a CPU a quarter of it, for the sake of its caches."""
@@ -113,13 +114,13 @@ def _chunks(rows: int, length: int, vocab: int) -> int:
     """Pieces into which the tokens of each row are cut; rows stay whole on their devices."""
     mesh = jax.sharding.get_abstract_mesh()
     over = 1 if mesh.empty else mesh.shape["data"] * mesh.shape["fsdp"]
-    held = CHUNK // 4 if jax.default_backend() == "cpu" else CHUNK
+    held = CHUNK // 4 if target() == "cpu" else CHUNK
     return min(length, math.ceil(rows * length * vocab / over / held))
 
 
 def _unroll(count: int) -> int:
     """On CPU a few chunks are written out: a loop there runs its products on one core."""
-    return count if jax.default_backend() == "cpu" and count <= 16 else 1
+    return count if target() == "cpu" and count <= 16 else 1
 
 
 def _cut(x: Array, count: int) -> Array:

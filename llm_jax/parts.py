@@ -5,14 +5,13 @@ import dataclasses
 import functools
 import logging
 import math
-import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 import numpy as np
 
-from llm_jax import checkpoint, cost, evaluate, optim, sharding, step, tree
+from llm_jax import checkpoint, cost, program, sharding, step, tree
 from llm_jax import model as models
 from llm_jax import transforms as tf
 from llm_jax.card import ORIGINS, Card, content_hash
@@ -25,10 +24,8 @@ from llm_jax.data.vocabulary import TRAINERS
 from llm_jax.errors import CheckpointError, ConfigError, DataError
 from llm_jax.models import transformer
 from llm_jax.models.config import ModelConfig
-from llm_jax.platform import compiler_options
-from llm_jax.transforms.accumulate import accumulate
-from llm_jax.transforms.freeze import freeze
-from llm_jax.transforms.moving_average import moving_average
+from llm_jax.platform import target
+from llm_jax.program import transform_of
 
 log = logging.getLogger(__name__)
 
@@ -73,41 +70,6 @@ class Parts:
                 loader.close()
 
 
-def transform_of(run: Run) -> tf.Transform:
-    """The transforms of a config, those that its plain fields ask for among them; freezing is outermost, since it hides params."""
-    for i, change in enumerate(run.transforms):
-        for later in run.transforms[i + 1 :] if change.masks else ():
-            if later.update is not tf.IDENTITY.update and not later.masks:
-                raise ConfigError(
-                    f"run.transforms: {later.label} changes the update after {change.label}, which would not keep its zeros: put it before"
-                )
-    masks = (*_pruned(run), *tf.chain(*run.transforms).masks)
-    return tf.chain(
-        accumulate(run.batch.accumulate),
-        tf.keep_zeros(
-            _pruned(run)
-        ),  # inside the run's own, so that what one of these removes further is not taken for an accident
-        *run.transforms,
-        moving_average(run.optimizer.moving_average, masks),
-        freeze(run.optimizer.freeze),
-    )
-
-
-def _pruned(run: Run) -> tuple[str, ...]:
-    """The weights whose zeros the run is to keep: those that the card of its start names, by its own checkpoints where it has begun."""
-    if run.start == "fresh" or any(change.densify for change in run.transforms):
-        return ()
-    for at in reversed(checkpoint.steps(run.folder)):
-        try:
-            return tuple(checkpoint.read_card(run.folder / "checkpoints" / str(at))["kept"])
-        except (CheckpointError, KeyError):  # damaged: told when the weights are restored
-            continue
-    try:
-        return models.pruned(run.start)
-    except CheckpointError:  # told when the model is loaded
-        return ()
-
-
 def build(run: Run) -> Parts:
     """Open the data, make the mesh, and compile nothing yet.
 
@@ -115,16 +77,11 @@ def build(run: Run) -> Parts:
         UserError: whatever in the config, the data or the machine does not fit together.
     """
     mesh = sharding.make_mesh(run.mesh)
-    sharding.check_batch(mesh, run.batch.size // run.batch.accumulate, run.batch.length)
-    run = dataclasses.replace(run, model=_sizes(run))
+    run = program.resolve(run, mesh)
     assert run.model is not None
     sources = open_sources(run.data, "train")
     tokenizer = _tokenizer(run, sources)
     model = transform_of(run).config(run.model)
-    if run.batch.length > model.max_length and model.positions == "learned":
-        raise ConfigError(
-            f"batch.length {run.batch.length} is longer than the model's table of positions, model.max_length {model.max_length}"
-        )
     _check_references(run, tokenizer)
     run.task.loss(model)  # whether the task and the model go together is told before the data is read
     needed = tokenizer.vocab_size + run.task.extra_tokens(tokenizer)
@@ -180,38 +137,6 @@ def calibration(run: Run, tokenizer: Tokenizer, count: int) -> tf.Calibration:
     return tf.Calibration(stacked, run.task.loss)
 
 
-def _references(change: tf.Transform, mesh: jax.sharding.Mesh) -> tuple[dict[str, Any], Callable[[], dict[str, Any]]]:
-    """Shapes and places of the models that the loss reads beside its own, and how to get their weights."""
-    abstract: dict[str, Any] = {}
-    for name, source in change.reference.items():
-        config = models.sizes(source) if isinstance(source, str) else source.config
-        abstract[name] = models.abstract_params(config, mesh)
-
-    def weights() -> dict[str, Any]:
-        placed = jax.tree.map(lambda x: x.sharding, abstract)
-        return {
-            name: models.load(source, mesh).params
-            if isinstance(source, str)
-            else jax.device_put(source.params, placed[name])
-            for name, source in change.reference.items()
-        }
-
-    return abstract, weights
-
-
-def _sizes(run: Run) -> ModelConfig:
-    """The config's sizes, else those that the run's own checkpoints began with, else those of the model it starts from."""
-    if run.model is not None:
-        return run.model
-    for at in reversed(checkpoint.steps(run.folder)):
-        try:
-            began = checkpoint.read_card(run.folder / "checkpoints" / str(at))["config"]["model"]
-            return ModelConfig(**began)
-        except (CheckpointError, KeyError, TypeError):  # damaged: told when the weights are restored
-            continue
-    return ModelConfig() if run.start == "fresh" else models.sizes(run.start)
-
-
 def _tokenizer(run: Run, sources: list[Any]) -> Tokenizer:
     """That of the run's checkpoints, else of the model it starts from where the config names none that exists, else the config's."""
     for at in reversed(checkpoint.steps(run.folder)):
@@ -248,54 +173,27 @@ def assemble(
     heldout: Loader | None,
     aux: tf.Calibration | None,
 ) -> Parts:
-    """The functions of a run: initial state, step, evaluation step, with their shardings."""
-    change, began = transform_of(run), run.model
-    assert began is not None
-    model = change.config(began)
-    shapes, axes = transformer.shapes(model), transformer.axes(model)
-    beside = jax.eval_shape(lambda key: change.extra(model, key), jax.random.key(0))
-    if taken := sorted(shapes.keys() & beside.keys()):
-        raise ConfigError(
-            f"a transform trains weights called {taken[0]!r} beside the model's, which has some of that name"
-        )
-    shapes, axes = {**shapes, **beside}, {**axes, **jax.tree.map(lambda x: (None,) * x.ndim, beside)}
-    schedule = jax.jit(optim.make_schedule(run.schedule, run.steps))
-    optimizer = change.update(optim.make_optimizer(run.optimizer, schedule, shapes, axes))
-    loss = change.loss(run.task.loss(model))
-    judge = run.eval.task or run.task
-    judged = change.loss(judge.loss(model))
-    grad = change.grad(step.differentiate(loss))
-
-    def init(key: Any, started: Any, aux: Any) -> step.TrainState:
-        first, second, third = jax.random.split(key, 3)
-        params = transformer.init(began, first) if started is None else started
-        params = {**change.params(began, params, second, aux), **change.extra(model, jax.random.fold_in(second, 1))}
-        return step.init_state(params, optimizer, third)
-
-    key = jax.random.key(run.seed)
-    begin = None if run.start == "fresh" else models.abstract_params(began, mesh)
-    abstract = jax.eval_shape(init, key, begin, aux)
-    placed = sharding.state_shardings(mesh, abstract, shapes, sharding.params_shardings(mesh, axes, shapes))
-    read, weights = _references(change, mesh)
-    complete = placed._replace(reference=jax.tree.map(lambda x: x.sharding, read))
+    """The functions of a run, with what they read: data, weights to start from, other models."""
+    made = program.make(run, mesh, aux)
+    change = made.change
+    placed = made.shardings._replace(reference={})
 
     # What runs once need not be fast: on CPU that cuts its compilation, as long as that of the step, to a quarter. The values are the same.
-    quick = {"xla_backend_optimization_level": 1} if jax.default_backend() == "cpu" else None
+    quick = {"xla_backend_optimization_level": 1} if target() == "cpu" else None
 
     def start() -> tuple[step.TrainState, Card]:
-        started, inherited = None, Card(parents=[])
-        if begin is not None:
+        key, started, inherited = jax.random.key(run.seed), None, Card(parents=[])
+        if made.started is not None:
             loaded = models.load(run.start, mesh)
-            different = checkpoint.difference(loaded.params, begin)
+            different = checkpoint.difference(loaded.params, made.started)
             if different:
                 raise CheckpointError(f"the model {run.start} is of another shape: {different}")
             started, card = loaded.params, loaded.card
             inherited["parents"] = [card.get("hashes", {}).get("params") or content_hash(started)]
             inherited |= {name: card[name] for name in ORIGINS if name in card}
-        make = jax.jit(init, out_shardings=placed, compiler_options=quick)
-        state = make(key, started, aux)
+        state = jax.jit(made.init, out_shardings=placed, compiler_options=quick)(key, started, aux)
         del started
-        inherited["kept"] = list(_pruned(run))
+        inherited["kept"] = list(program.pruned(run))
         if change.moments:
             state, inherited["moments"] = _warm(run, mesh, state, placed, jax.random.split(key, 3)[1])
         others, hashes = reference()
@@ -304,34 +202,38 @@ def assemble(
         return state._replace(reference=others), inherited
 
     def reference() -> tuple[dict[str, Any], dict[str, str]]:
-        others = weights()
+        others = _references(change, mesh, made.shardings.reference)
         return others, {name: content_hash(x) for name, x in others.items()}
 
-    update = jax.jit(
-        step.make_step(loss, grad, optimizer),
-        donate_argnums=0,
-        out_shardings=(complete, None),
-        compiler_options=compiler_options(),
-    )
     return Parts(
         run,
-        model,
+        made.model,
         mesh,
         tokenizer,
         train,
         heldout,
-        schedule,
+        made.schedule,
         reference,
         start,
-        abstract._replace(reference=read),
-        complete,
+        made.abstract,
+        made.shardings,
         change.card,
         functools.partial(change.rows, fingerprint=train.fingerprint()),
-        tuple(name for name in tree.names(shapes) if any(re.fullmatch(regex, name) for regex in change.masks)),
-        tuple(beside),
-        update,
-        evaluate.make_eval_step(judged, judge),
+        made.masks,
+        made.extra,
+        made.step,
+        made.eval_step,
     )
+
+
+def _references(change: tf.Transform, mesh: jax.sharding.Mesh, places: dict[str, Any]) -> dict[str, Any]:
+    """The weights of the models that the loss reads beside its own."""
+    return {
+        name: models.load(source, mesh).params
+        if isinstance(source, str)
+        else jax.device_put(source.params, places[name])
+        for name, source in change.reference.items()
+    }
 
 
 def _warm(

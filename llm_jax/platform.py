@@ -1,16 +1,39 @@
 """The processes of a run: their settings of jax (the compilation cache, quiet logs), and what they tell each other."""
 
+import contextlib
+import contextvars
 import ctypes
 import importlib.util
 import json
 import logging
 import os
 import platform
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+
+_TARGET: contextvars.ContextVar[str | None] = contextvars.ContextVar("target", default=None)
+
+
+def target() -> str:
+    """The platform that programs are made for, cpu, gpu or tpu: the one at hand, unless `planned_for` names another.
+
+    What is written in several forms chooses by it: how layers are run, attention, chunks of the loss, dtypes.
+    """
+    return _TARGET.get() or jax.default_backend()
+
+
+@contextlib.contextmanager
+def planned_for(name: str) -> Iterator[None]:
+    """Programs that are traced inside are those of the named platform, though no device of it is at hand."""
+    token = _TARGET.set(name)
+    try:
+        yield
+    finally:
+        _TARGET.reset(token)
 
 
 def cache_folder() -> Path:
@@ -71,7 +94,7 @@ def compiler_options() -> dict[str, Any]:
     On CPU its finer analysis of which copies a donated state needs: without it Adam's moments are copied before they are overwritten,
     a third of the memory of a step of MiniLM and a seventh of its time.
     """
-    if jax.default_backend() != "cpu":
+    if target() != "cpu":
         return {}
     options = {"xla_cpu_copy_insertion_use_region_analysis": True}
     try:
@@ -83,7 +106,7 @@ def compiler_options() -> dict[str, Any]:
 
 def await_buffers(state: Any) -> None:
     """Wait for the step before, on CPU alone: there the buffers of a step are allocated when it is called, not when it begins."""
-    if jax.default_backend() == "cpu":
+    if target() == "cpu":
         jax.block_until_ready(state)
 
 

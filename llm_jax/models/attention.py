@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from llm_jax.models import ring, splash
+from llm_jax.platform import target
 
 
 class Mask(NamedTuple):
@@ -59,7 +60,7 @@ def attend(
     mesh = jax.sharding.get_abstract_mesh()
     if plain and mask.aligned and not mesh.empty and mesh.shape[ring.AXIS] > 1:
         return ring.attend(q, k, v, mask.query_segments, mask.causal, scale, mesh), None
-    platform = jax.default_backend()
+    platform = target()
     if platform == "tpu" and plain and mask.aligned and splash.fits(q):
         return splash.attend(q, k, v, mask.query_segments, mask.causal, scale, mesh), None
     if platform == "gpu" and not (dropping or want_weights):

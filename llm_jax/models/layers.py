@@ -18,6 +18,7 @@ from jaxtyping import Array, Float, Int
 
 from llm_jax.models.attention import Mask, attend
 from llm_jax.models.config import ModelConfig
+from llm_jax.platform import target
 from llm_jax.sharding import constrain
 
 Memory = tuple[Float[Array, "B T K E"], Float[Array, "B T K E"]]
@@ -105,7 +106,7 @@ def contract(x: Array, w: Array, over: int = 1) -> Array:
     element at a time, which took 15% of a training step (`benchmarks/train_step.py`).
     """
     w = w.astype(x.dtype)
-    if jax.default_backend() != "cpu":
+    if target() != "cpu":
         return jnp.tensordot(x, w, over)
     kept, made = x.shape[: x.ndim - over], w.shape[over:]
     width = math.prod(w.shape[:over])
@@ -388,5 +389,5 @@ class Embedding(nn.Module):
 def compute_dtype(config: ModelConfig) -> Any:
     """float32 on CPU, bfloat16 elsewhere, unless the config states one."""
     if config.dtype == "auto":
-        return jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
+        return jnp.float32 if target() == "cpu" else jnp.bfloat16
     return jnp.dtype(config.dtype)

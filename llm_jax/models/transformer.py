@@ -19,6 +19,7 @@ from llm_jax.models.attention import Mask
 from llm_jax.models.config import ModelConfig
 from llm_jax.models.heads import Head, Outputs
 from llm_jax.models.layers import MLP, Attention, Embedding, Memory, Norm, RelativeBias, compute_dtype, dropout, unstack
+from llm_jax.platform import target
 from llm_jax.sharding import constrain
 
 Params = dict[str, Any]
@@ -257,7 +258,7 @@ def _stack(
         layer = jax.checkpoint(layer, policy=policy, prevent_cse=True)
     depth = len(stacked) if isinstance(stacked, tuple) else jax.tree.leaves(stacked)[0].shape[0]
     keys = None if key is None else jax.random.split(key, depth)
-    if memory is None and not isinstance(stacked, tuple) and jax.default_backend() != "cpu":
+    if memory is None and not isinstance(stacked, tuple) and target() != "cpu":
         return jax.lax.scan(lambda x, each: layer(x, each[0], None, None, each[1]), x, (stacked, keys))
     kept: list[Any] = []
     for i, weights in enumerate(stacked if isinstance(stacked, tuple) else unstack(stacked, depth)):

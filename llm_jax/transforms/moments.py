@@ -17,6 +17,7 @@ from llm_jax.errors import ConfigError
 from llm_jax.models import transformer
 from llm_jax.models.config import ModelConfig
 from llm_jax.models.transformer import Params
+from llm_jax.platform import target
 from llm_jax.transforms.base import IDENTITY, Transform
 
 Change = Callable[[ModelConfig, Params, Array], Params]
@@ -156,7 +157,7 @@ def _grow(
         return {name: x for name, x in _by_name(whole).items() if name in own}
 
     # What runs once need not be fast; the values are the same.
-    quick = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
+    quick = {"xla_backend_optimization_level": 0} if target() == "cpu" else None
     every = jax.jit(
         lambda trees, key: {root: one(root, own, key) for root, own in trees.items()}, compiler_options=quick
     )
