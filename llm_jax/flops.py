@@ -8,27 +8,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from llm_jax import tree
+from llm_jax import chips, tree
 from llm_jax.models import transformer
 from llm_jax.models.config import ModelConfig
-
-PEAK = {
-    "TPU v4": 275e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5e": 197e12,
-    "TPU v5": 459e12,
-    "TPU v5p": 459e12,
-    "TPU v6 lite": 918e12,
-    "TPU v6e": 918e12,
-    "NVIDIA A100": 312e12,
-    "NVIDIA H100": 989e12,
-    "NVIDIA H200": 989e12,
-    "NVIDIA B200": 2250e12,
-    "NVIDIA L4": 121e12,
-    "Tesla V100": 125e12,
-}
-"""Dense bfloat16 operations a second of a device, by the makers' data sheets (V100: float16)."""
-
 
 def forward_flops(config: ModelConfig, shapes: Mapping[str, tuple[int, ...]]) -> float:
     """2 N a token for the products with weights, and 4 S H E a token and layer for attention, half of it where it is causal.
@@ -90,10 +72,10 @@ def peak_flops(devices: Any) -> tuple[float, str]:
     kind = devices[0].device_kind
     if devices[0].platform == "cpu":
         return _measured(), "measured float32 matrix product"
-    known = [name for name in PEAK if kind.lower().startswith(name.lower())]
-    if not known:
+    chip = chips.of_kind(kind)
+    if chip is None:
         return 0.0, f"unknown device {kind!r}"
-    return PEAK[max(known, key=len)] * len(devices), "data sheet, bfloat16"
+    return chip.flops * len(devices), "data sheet, bfloat16"
 
 
 @functools.cache
