@@ -44,13 +44,23 @@ def make_mesh(sizes: config.Mesh = config.Mesh(), devices: Any = None) -> jax.sh
         ConfigError: the sizes do not multiply to the number of devices.
     """
     devices = jax.devices() if devices is None else devices
+    shape = mesh_shape(sizes, len(devices))
+    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+
+
+def mesh_shape(sizes: config.Mesh, devices: int) -> tuple[int, ...]:
+    """The sizes of the mesh's axes over so many devices. Raises as `make_mesh`."""
     wanted = [getattr(sizes, axis) for axis in AXES]
     known = int(np.prod([n for n in wanted if n > 0]))
-    if len(devices) % known or (-1 not in wanted and known != len(devices)):
+    if devices % known or (-1 not in wanted and known != devices):
         named = ", ".join(f"{axis}={n}" for axis, n in zip(AXES, wanted))
-        raise ConfigError(f"mesh ({named}) does not divide the {len(devices)} devices: its sizes multiply to {known}")
-    shape = tuple(len(devices) // known if n == -1 else n for n in wanted)
-    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+        raise ConfigError(f"mesh ({named}) does not divide the {devices} devices: its sizes multiply to {known}")
+    return tuple(devices // known if n == -1 else n for n in wanted)
+
+
+def abstract_mesh(sizes: config.Mesh, devices: int) -> Any:
+    """A mesh of devices that are not at hand: shapes and places can be told from it, nothing compiled. Raises as `make_mesh`."""
+    return jax.sharding.AbstractMesh(mesh_shape(sizes, devices), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def spec(names: tuple[str | None, ...]) -> PartitionSpec:

@@ -1,0 +1,54 @@
+"""What accelerators can do, by their makers' figures: the one table that utilisation and plans are measured against."""
+
+import dataclasses
+
+GIB = 2**30
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """One chip; its figures are those of the data sheet, in bytes and seconds."""
+
+    platform: str
+    """tpu or gpu"""
+    kinds: tuple[str, ...]
+    """how jax begins the name of such a device (`device_kind`)"""
+    flops: float
+    """dense bfloat16 operations a second (V100: float16)"""
+    memory: float
+    """bytes of its memory that a program may fill"""
+    bandwidth: float
+    """bytes a second between it and its memory"""
+    interconnect: float
+    """bytes a second that it can send to others of its slice or node, over all links, while it receives as many"""
+
+
+# TPU: "System architecture" of each version in the documentation of Google Cloud TPU, where bandwidth between chips is given in Gbit/s a
+# chip (v4 2400, v5e 1600, v5p 4800, v6e 3584); memory is what XLA says it may fill when a program is too large (15.75G of 16 on v5e).
+# GPU: NVIDIA's data sheets of the SXM forms (A100 80GB, H100, H200, B200, V100 32GB) and of L4; NVLink in one direction, half of what is
+# stated for both, and it joins the GPUs of one node. B200: the share of a GPU in an HGX board. L4 has PCIe alone.
+CHIPS: dict[str, Chip] = {
+    "v4": Chip("tpu", ("TPU v4",), 275e12, 30.75 * GIB, 1228e9, 300e9),
+    "v5e": Chip("tpu", ("TPU v5 lite", "TPU v5e"), 197e12, 15.75 * GIB, 819e9, 200e9),
+    "v5p": Chip("tpu", ("TPU v5", "TPU v5p"), 459e12, 95.74 * GIB, 2765e9, 600e9),
+    "v6e": Chip("tpu", ("TPU v6 lite", "TPU v6e"), 918e12, 31.25 * GIB, 1638e9, 448e9),
+    "a100": Chip("gpu", ("NVIDIA A100",), 312e12, 80e9, 2039e9, 300e9),
+    "h100": Chip("gpu", ("NVIDIA H100",), 989e12, 80e9, 3350e9, 450e9),
+    "h200": Chip("gpu", ("NVIDIA H200",), 989e12, 141e9, 4800e9, 450e9),
+    "b200": Chip("gpu", ("NVIDIA B200",), 2250e12, 180e9, 7700e9, 900e9),
+    "l4": Chip("gpu", ("NVIDIA L4",), 121e12, 24e9, 300e9, 32e9),
+    "v100": Chip("gpu", ("Tesla V100",), 125e12, 32e9, 900e9, 150e9),
+}
+"""By the name that a topology begins with, as in v5e:16x16 or h100:8"""
+
+
+def of_kind(kind: str) -> Chip | None:
+    """The chip of a device by what jax calls it; the longest name that it begins with counts.
+
+    >>> of_kind("TPU v5 lite") is CHIPS["v5e"], of_kind("TPU v99")
+    (True, None)
+    """
+    found = [
+        (len(name), i) for i, chip in enumerate(CHIPS.values()) for name in chip.kinds if kind.lower().startswith(name.lower())
+    ]
+    return list(CHIPS.values())[max(found)[1]] if found else None

@@ -1,0 +1,306 @@
+"""What a compiled program asks of one device: operations, bytes of its memory, bytes of each kind of collective, all times the trips of loops.
+
+XLA's own `cost_analysis` counts the body of a loop once and a kernel as nothing. Reading the text is `hlo.py`.
+"""
+
+import functools
+import math
+import re
+from collections import Counter
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+
+from llm_jax.hlo import Computation, Instruction, Module, Type, read, root, trips
+
+COLLECTIVES = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute", "ragged-all-to-all")
+
+FREE = (
+    *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call", "after-all"),
+    *("partition-id", "replica-id", "opt-barrier", "async-done", "async-update", "copy-done", "add-dependency"),
+)
+"""What moves nothing between a device and its memory, or is counted where it begins or inside"""
+
+
+class Collective(NamedTuple):
+    """One collective of a step."""
+
+    kind: str
+    payload: float
+    """bytes of the array it is about, on a device: of an all-gather what comes out, of the others what goes in"""
+    sent: float
+    """bytes that a device sends when its group forms a ring"""
+    memory: float
+    """bytes that it reads and writes in the device's memory"""
+
+
+class Cost(NamedTuple):
+    """What a computation costs each time it runs."""
+
+    flops: float = 0.0
+    kernel_flops: float = 0.0
+    """of them in kernels, which XLA does not see into"""
+    memory: float = 0.0
+    """bytes read and written in the device's memory"""
+    payload: Counter[str] = Counter()  # noqa: RUF012  (never written to)
+    sent: Counter[str] = Counter()  # noqa: RUF012
+    channels: dict[str, Collective] = {}  # noqa: RUF012
+    """collectives by channel: one that is printed several times, as its start, its parts and its end, is one"""
+    unknown: tuple[str, ...] = ()
+    """kernels and loops that are not understood: they count as no operations, or as one turn"""
+
+
+def times(cost: Cost, count: float) -> Cost:
+    """The cost of so many turns; the collectives of all of them are added up."""
+    payload, sent, memory = Counter(cost.payload), Counter(cost.sent), cost.memory
+    for one in cost.channels.values():
+        payload[one.kind] += one.payload  # type: ignore[assignment]
+        sent[one.kind] += one.sent  # type: ignore[assignment]
+        memory += one.memory
+    return Cost(
+        cost.flops * count,
+        cost.kernel_flops * count,
+        memory * count,
+        Counter({name: x * count for name, x in payload.items()}),  # type: ignore[misc]
+        Counter({name: x * count for name, x in sent.items()}),  # type: ignore[misc]
+        {},
+        cost.unknown,
+    )
+
+
+def plus(a: Cost, b: Cost) -> Cost:
+    """The cost of both; of a channel in both, that with the larger payload."""
+    channels = dict(a.channels)
+    for name, one in b.channels.items():
+        if name not in channels or one.payload > channels[name].payload:
+            channels[name] = one
+    return Cost(
+        a.flops + b.flops,
+        a.kernel_flops + b.kernel_flops,
+        a.memory + b.memory,
+        a.payload + b.payload,
+        a.sent + b.sent,
+        channels,
+        tuple(dict.fromkeys(a.unknown + b.unknown)),
+    )
+
+
+def _dot(x: Instruction, inside: Computation) -> float:
+    """2 x values that come out x length of what is summed over."""
+    left = inside[x.operands[0]].types[0]
+    summed = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", x.rest)
+    axes = [int(n) for n in summed[1].split(",") if n] if summed else []
+    return 2 * x.types[0].size * math.prod(left.shape[axis] for axis in axes)
+
+
+@functools.cache
+def _met(size: int, kernel: int, out: int, stride: int, pad: int, dilated: int, kernel_dilated: int) -> int:
+    """Pairs of a place that comes out and a place of the kernel between which there is a value, along one axis.
+
+    XLA writes a batch axis of a product as an axis of a dilated convolution in which few pairs meet.
+    """
+    places = np.arange(out)[:, None] * stride + np.arange(kernel)[None] * kernel_dilated - pad
+    return int(np.sum((places >= 0) & (places <= (size - 1) * dilated) & (places % dilated == 0)))
+
+
+def _convolution(x: Instruction, inside: Computation) -> float:
+    """2 x batch x features that come out x features that go in x pairs of places that meet."""
+    left, kernel = (inside[name].types[0] for name in x.operands[:2])
+    labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", x.rest)
+    if labels is None:
+        return 0.0
+    window = re.search(r"window=\{([^}]*)\}", x.rest)
+    fields = dict(part.split("=") for part in window[1].split()) if window else {}
+
+    def field(name: str, axis: int, default: str) -> list[int]:
+        parts = fields[name].split("x") if name in fields else []
+        return [int(n) for n in (parts[axis] if axis < len(parts) else default).split("_")]
+
+    total = 2.0 * x.types[0].shape[labels[3].index("b")] * x.types[0].shape[labels[3].index("f")]
+    total *= kernel.shape[labels[2].index("i")]
+    for axis in range(sum(c.isdigit() for c in labels[1])):
+        total *= _met(
+            left.shape[labels[1].index(str(axis))],
+            kernel.shape[labels[2].index(str(axis))],
+            x.types[0].shape[labels[3].index(str(axis))],
+            field("stride", axis, "1")[0],
+            field("pad", axis, "0_0")[0],
+            field("lhs_dilate", axis, "1")[0],
+            field("rhs_dilate", axis, "1")[0],
+        )
+    return total
+
+
+def group(x: Instruction, devices: int) -> int:
+    """How many devices take part in a collective, in each of the three forms in which XLA prints them.
+
+    >>> of = lambda rest: group(Instruction("x", "f32[]", "all-reduce", (), rest, False), 8)
+    >>> of("replica_groups={{0,1},{2,3}}"), of("replica_groups=[2,4]<=[8]"), of("replica_groups=mesh['a'=4,'b'=2] {'a'}"), of("")
+    (2, 4, 4, 8)
+    """
+    listed = re.search(r"replica_groups=\{\{([\d,]+)\}", x.rest)
+    if listed:
+        return len(listed[1].split(","))
+    shaped = re.search(r"replica_groups=\[([\d,]+)\]<=", x.rest)
+    if shaped:
+        return int(shaped[1].split(",")[-1])
+    meshed = re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", x.rest)
+    if meshed:
+        sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", meshed[1])}
+        return math.prod(sizes[name] for name in re.findall(r"'(\w+)'", meshed[2]))
+    return devices
+
+
+def _collective(x: Instruction, inside: Computation, devices: int, fused: bool) -> Collective:
+    kind = x.opcode.removesuffix("-start")
+    if kind == "all-reduce" and fused and all(y.opcode == "dynamic-slice" for y in _used(inside, x.name)):
+        kind = "reduce-scatter"  # as TPU programs print it: a fusion that sums and keeps this device's part
+    arrays = [t for name in x.operands if name in inside for t in inside[name].types]
+    given, count = sum(t.bytes for t in arrays), group(x, devices)
+    held = sum(t.held for t in arrays if t.space == 0)
+    if kind == "all-gather":
+        return Collective(kind, given * count, given * (count - 1), held * (count + 1))
+    if kind == "collective-permute":
+        return Collective(kind, given, given, 2 * held)
+    share = (count - 1) / count
+    return Collective(kind, given, given * share * (2 if kind == "all-reduce" else 1), 2 * held)
+
+
+def splash_products(name: str) -> int:
+    """Products of the size of the scores in a kernel of splash attention, by its name.
+
+    >>> splash_products("splash_mha_fwd_segmented_residuals"), splash_products("splash_mqa_dkv"), splash_products("other")
+    (2, 4, 0)
+    """
+    phase = re.search(r"splash_m[hq]a_(fwd|dkv|dq)", name)
+    return {"fwd": 2, "dkv": 4, "dq": 3}[phase[1]] if phase else 0
+
+
+def kernel_flops(x: Instruction, inside: Computation, share: float) -> float | None:
+    """Operations of a kernel: what it states of itself, else those of attention by its name and operands; None where neither tells.
+
+    Args:
+        share: of the pairs of a query and a key that an attention kernel visits, a half where it is causal.
+    """
+    stated = re.search(r'"cost_estimate":\s*\{[^}]*"flops":\s*"?(\d+)', x.rest)
+    if stated:
+        return float(stated[1])
+    products = splash_products(x.name) or splash_products(x.rest)
+    arrays = [inside[name].types[0] for name in x.operands if name in inside]
+    read = [t for t in arrays if len(t.shape) >= 3 and t.dtype[0] in "bf"]
+    if not products or len(read) < 2:
+        return None
+    return 2 * products * read[0].size * read[1].shape[-2] * share
+
+
+def _moved(found: list[Type]) -> float:
+    return sum(t.held for t in found if t.space == 0)
+
+
+def _used(inner: Computation, name: str) -> list[Instruction]:
+    """What reads a value of a fusion, bitcasts looked through."""
+    found = []
+    for x in inner.values():
+        if name in x.operands:
+            found += _used(inner, x.name) if x.opcode == "bitcast" else [x]
+    return found
+
+
+def _read_in_fusion(inner: Computation, parameter: Instruction, whole: float) -> float:
+    """Bytes that a fusion reads of an operand: of one that it only cuts slices out of, the slices; of one it writes into, none."""
+    total = 0.0
+    for x in _used(inner, parameter.name):
+        if x.opcode in ("dynamic-slice", "gather"):
+            total += sum(t.held for t in x.types)
+        elif x.opcode.removesuffix("-start") in COLLECTIVES or x.opcode == "custom-call":
+            continue
+        elif x.opcode != "dynamic-update-slice" or x.operands[0] != parameter.name:
+            return whole
+    return min(total, whole)
+
+
+def _memory(module: Module, inside: Computation, x: Instruction) -> float:
+    """Bytes that an instruction, a fusion counted as one, reads and writes in the device's memory."""
+    if x.opcode in FREE or x.opcode.endswith("-done") or x.opcode.removesuffix("-start") in COLLECTIVES:
+        return 0.0
+    if x.opcode == "custom-call" and "AllocateBuffer" in x.rest:
+        return 0.0
+    if x.opcode == "copy-start":
+        return _moved(x.types[:2])
+    given = [_moved(inside[name].types) if name in inside else 0.0 for name in x.operands]
+    made = _moved(x.types)
+    inner = module.computations.get(x.called("calls") or "")
+    if x.opcode == "fusion" and inner is not None:
+        for parameter in (y for y in inner.values() if y.opcode == "parameter"):
+            place = int(parameter.operands[0])
+            given[place] = _read_in_fusion(inner, parameter, given[place])
+        last = root(inner)
+        parts = [inner.get(name) for name in last.operands] if last.opcode == "tuple" else [last]
+        arrays = x.types if len(x.types) == len(parts) else []
+        made = _moved(arrays) if arrays else made
+        for part, array in zip(parts, arrays):
+            if part is not None and part.opcode == "dynamic-update-slice" and part.operands[1] in inner:
+                made -= _moved([array]) - min(inner[part.operands[1]].types[0].held, _moved([array]))
+            elif part is not None and part.opcode.removesuffix("-start") in (*COLLECTIVES, "custom-call"):
+                made -= _moved([array])
+    elif x.opcode in ("dynamic-slice", "gather", "slice"):
+        given[0] = min(given[0], made)
+    elif x.opcode == "dynamic-update-slice":
+        given[0], made = 0.0, given[1]
+    return sum(given) + made
+
+
+def cost(text: str, devices: int = 1, attention_share: float = 0.5) -> Cost:
+    """What one run of a program, as XLA prints it, costs one device.
+
+    Args:
+        devices: how many run it together.
+        attention_share: of the pairs of a query and a key that an attention kernel visits.
+    """
+    module = read(text)
+
+    def arithmetic(x: Instruction, inside: Computation, fused: bool) -> Cost:
+        """What an instruction computes by itself."""
+        if x.opcode == "dot":
+            return Cost(_dot(x, inside))
+        if x.opcode == "convolution":
+            return Cost(_convolution(x, inside))
+        if x.opcode == "custom-call" and "tpu_custom_call" in x.rest:
+            found = kernel_flops(x, inside, attention_share)
+            return Cost(found, found) if found is not None else Cost(unknown=(x.name,))
+        if x.opcode.removesuffix("-start") in COLLECTIVES:
+            channel = re.search(r"channel_id=(\d+)", x.rest)
+            return Cost(channels={channel[1] if channel else x.name: _collective(x, inside, devices, fused)})
+        return Cost()
+
+    def calls(x: Instruction, inside: Computation, fused: bool) -> Cost:
+        """What the computations that an instruction runs cost."""
+        if x.opcode == "while":
+            count = trips(module, inside, x)
+            once = computation(x.called("body") or "", False)
+            found = times(once, 1 if count is None else count)
+            return found if count is not None else found._replace(unknown=(*found.unknown, x.name))
+        if x.opcode == "conditional":
+            named = re.search(r"branch_computations=\{([^}]*)\}", x.rest)
+            listed = named[1].split(",") if named else [x.called(f"{k}_computation") or "" for k in ("true", "false")]
+            branches = [times(computation(name.strip().lstrip("%"), False), 1) for name in listed]
+            return max(branches, key=lambda c: (c.flops, c.memory))
+        if x.opcode in ("fusion", "async-start"):
+            return computation(x.called("calls") or "", fused or x.opcode == "fusion")
+        if x.opcode == "call":
+            return computation(x.called("to_apply") or "", fused)
+        return Cost()
+
+    @functools.cache
+    def computation(name: str, fused: bool) -> Cost:
+        inside = module.computations.get(name, {})
+        total = Cost()
+        for x in inside.values():
+            for found in (arithmetic(x, inside, fused), calls(x, inside, fused)):
+                total = plus(total, found) if found != Cost() else total
+            if not fused:
+                total = total._replace(memory=total.memory + _memory(module, inside, x))
+        return total
+
+    return times(computation(module.entry, False), 1)

@@ -1,0 +1,328 @@
+"""What a run would take of chips that are not at hand: memory by part, operations, collectives, time and chip-hours.
+
+For a TPU the real training step (`program.py`) is compiled ahead of time by libtpu, on the CPU of this machine, and its cost is read off
+what was compiled. For GPUs, and where libtpu is not installed, `estimate.py` reckons it. `search.py` compares plans.
+"""
+
+import dataclasses
+import importlib.util
+import math
+import os
+import re
+from collections import Counter
+from typing import Any
+
+import jax
+import numpy as np
+
+from llm_jax import checkpoint, config, estimate, flops, hlo, hlo_cost, program, sharding, tree
+from llm_jax.chips import CHIPS, Chip
+from llm_jax.config import Run
+from llm_jax.data.packing import STREAMS
+from llm_jax.data.tokenizer import Tokenizer, load_tokenizer
+from llm_jax.errors import ConfigError, UserError, choose
+from llm_jax.platform import planned_for
+from llm_jax.transforms import IDENTITY, Calibration
+
+DAY = 86400
+
+
+@dataclasses.dataclass(frozen=True)
+class Topology:
+    """Chips of one kind, and how they are connected."""
+
+    name: str
+    chip: Chip
+    chips: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Memory:
+    """Bytes of one device."""
+
+    parameters: float
+    optimizer: float
+    """its state, such as moments"""
+    other: float
+    """other arguments: the batch, counters, models that the loss reads"""
+    rest: float
+    """activations, gradients, gathered weights and whatever else the step needs at its peak beside its arguments"""
+    peak: float
+    limit: float
+    """what the chip has for a program"""
+
+    @property
+    def fits(self) -> bool:
+        """Whether the peak is within the chip's memory."""
+        return self.peak <= self.limit
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What one step and a whole run take. Bytes, operations and seconds are of one device and one step unless said otherwise."""
+
+    run: Run
+    topology: Topology
+    mesh: dict[str, int]
+    parameters: int
+    compiled: bool
+    """read off the compiled step; else an analytic estimate"""
+    memory: Memory
+    model_flops: float
+    """operations that the model asks for: 6 a parameter and token, and attention"""
+    flops: float
+    """operations of the program, loops by their trips, kernels included"""
+    traffic: float
+    """bytes between the device and its memory"""
+    payload: dict[str, float]
+    """bytes of the arrays of each kind of collective"""
+    sent: dict[str, float]
+    """bytes that the device sends for them when each group forms a ring"""
+    tokens: int
+    """of a step, on all devices"""
+    notes: tuple[str, ...] = ()
+
+    @property
+    def times(self) -> dict[str, float]:
+        """Least seconds of a step by what could bind it, each at the chip's full rate."""
+        chip = self.topology.chip
+        return {
+            "compute": self.flops / chip.flops,
+            "memory": self.traffic / chip.bandwidth,
+            "interconnect": sum(self.sent.values()) / chip.interconnect,
+        }
+
+    @property
+    def seconds(self) -> float:
+        """Least seconds of a step: compute, memory and interconnect at the same time, the slowest binds."""
+        return max(self.times.values())
+
+    @property
+    def utilisation(self) -> float:
+        """Model operations over what the chip could do in the step's time: the most that the roofline allows."""
+        return self.model_flops / self.seconds / self.topology.chip.flops
+
+
+def read_topology(name: str) -> Topology:
+    """The chips that a name such as v5e:16x16, v5p:4x4x4 or h100:8 stands for.
+
+    Raises:
+        UserError: no such chip, or another number of axes than its network has.
+
+    >>> read_topology("v5e:4x4").chips
+    16
+    """
+    found = re.fullmatch(r"(\w+):(\d+(?:x\d+)*)", name)
+    if found is None:
+        raise UserError(f"topology {name!r}: say a chip and how many, e.g. v5e:16x16, v5p:4x4x4 or h100:8")
+    chip = CHIPS[choose("chip", found[1], CHIPS, UserError)]
+    sizes = [int(n) for n in found[2].split("x")]
+    axes = {"v4": 3, "v5p": 3, "v5e": 2, "v6e": 2}.get(found[1], 1)
+    if len(sizes) != axes or min(sizes) < 1:
+        example = found[1] + ":" + {3: "4x4x4", 2: "4x4", 1: "8"}[axes]
+        raise UserError(f"topology {name!r}: {found[1]} is given by {axes} sizes of at least 1, e.g. {example}")
+    return Topology(name, chip, math.prod(sizes))
+
+
+def prepare() -> None:
+    """Keep jax and libtpu from looking for a TPU: this process is to use the CPU. Called before a device is touched."""
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_enable_compilation_cache", False)  # what is compiled for chips elsewhere cannot be read back here
+
+
+def can_compile(topology: Topology) -> bool:
+    """Whether the step can be compiled for these chips on this machine."""
+    return topology.chip.platform == "tpu" and importlib.util.find_spec("libtpu") is not None
+
+
+def devices_of(topology: Topology) -> Any:
+    """The devices of a TPU topology, to compile for.
+
+    Raises:
+        UserError: libtpu knows no such topology.
+    """
+    from jax.experimental import topologies
+
+    try:
+        return topologies.get_topology_desc(platform="tpu", topology_name=topology.name).devices
+    except Exception as e:
+        raise UserError(f"topology {topology.name!r}: libtpu knows no such: {str(e).splitlines()[0]}") from e
+
+
+def make(run: Run, topology: Topology, compiled: bool = True) -> Plan:
+    """The plan of a run: compiled where that can be done and is asked for, else estimated.
+
+    Raises:
+        UserError: what in the config does not fit together, or does not fit the topology.
+    """
+    compiled = compiled and can_compile(topology)
+    with planned_for(topology.chip.platform):
+        if compiled:
+            mesh: Any = sharding.make_mesh(run.mesh, devices_of(topology))
+        else:
+            mesh = sharding.abstract_mesh(run.mesh, topology.chips)
+        run = program.resolve(run, mesh)
+        made, state, batch = arguments(run, mesh)
+        shapes = {name: x.shape for name, x in batch.items()}
+        known = {
+            "run": run,
+            "topology": topology,
+            "mesh": dict(mesh.shape),
+            "parameters": tree.size(made.abstract.params),
+            "compiled": compiled,
+            "model_flops": flops.train_flops(made.model, shapes) / topology.chips,
+            "tokens": math.prod(shapes["tokens"]),
+        }
+        return _compiled(known, made, state, batch) if compiled else _estimated(known, made, state, batch)
+
+
+def arguments(run: Run, mesh: Any) -> tuple[program.Program, Any, dict[str, Any]]:
+    """The program of a resolved run, and the shapes and places of what its step is called with."""
+    batch = abstract_batch(run, mesh)
+    change = program.transform_of(run)
+    aux = None
+    if change.calibration:
+        rows = {n: jax.ShapeDtypeStruct((change.calibration, *x.shape), x.dtype) for n, x in batch.items()}
+        aux = Calibration(rows, run.task.loss)
+    made = program.make(run, mesh, aux)
+    return made, checkpoint.abstract_like(made.abstract, made.shardings), batch
+
+
+def abstract_batch(run: Run, mesh: Any) -> dict[str, Any]:
+    """The shapes and places of the arrays of a batch, of a row that the task makes of no text.
+
+    Raises:
+        ConfigError: a transform adds to the rows what only the data tells.
+    """
+    for change in run.transforms:
+        if change.rows is not IDENTITY.rows:
+            raise ConfigError(f"{change.label} adds to the rows what only the data tells: plan the run without it")
+    lengths = run.task.lengths(run.batch.length)
+    row: dict[str, np.ndarray] = {}
+    for stream in (s for s in STREAMS if s in lengths):
+        prefix = stream.removesuffix("tokens")
+        row |= {f"{prefix}{name}": np.zeros(lengths[stream], np.int32) for name in ("tokens", "segment_ids", "positions")}
+    row |= {"targets": np.zeros(lengths["tokens"], np.int32), "weights": np.zeros(lengths["tokens"], np.float32)}
+    row = run.task.row(row, _tokenizer(), np.random.default_rng(0))
+    made = {name: ((run.batch.size, *x.shape), x.dtype) for name, x in row.items()}
+    return {n: jax.ShapeDtypeStruct(s, d, sharding=sharding.batch_sharding(mesh, s)) for n, (s, d) in made.items()}
+
+
+def _tokenizer() -> Tokenizer:
+    """One that has what a task may ask for; its vocabulary does not matter."""
+    return load_tokenizer("wordpiece:64", ["a b c"])
+
+
+def _compiled(known: dict[str, Any], made: program.Program, state: Any, batch: Any) -> Plan:
+    """The plan of the step as libtpu compiles it."""
+    chip, chips = known["topology"].chip, known["topology"].chips
+    with jax.set_mesh(made.mesh):
+        try:
+            compiled = made.step.lower(state, batch).compile()
+        except jax.errors.JaxRuntimeError as e:
+            return _too_large(known, made, state, batch, e)
+    parts = argument_bytes(compiled, state)
+    figures = compiled.memory_analysis()
+    peak, given = float(figures.peak_memory_in_bytes), float(figures.argument_size_in_bytes)
+    other = given - parts["params"] - parts["opt_state"]
+    memory = Memory(parts["params"], parts["opt_state"], other, peak - given, peak, chip.memory)
+    share = 0.5 if made.model.architecture == "decoder" else 1.0
+    found = hlo_cost.cost(compiled.as_text(), chips, share)
+    notes = tuple(f"not understood, counted as no operations or one turn: {name}" for name in found.unknown)
+    return Plan(
+        **known,
+        memory=memory,
+        flops=found.flops,
+        traffic=found.memory,
+        payload=dict(found.payload),
+        sent=dict(found.sent),
+        notes=notes,
+    )
+
+
+def argument_bytes(compiled: Any, state: Any) -> dict[str, float]:
+    """Bytes that each part of the state takes on a device as the compiled step lays it out, whole tiles counted."""
+    formats, _ = compiled.input_formats
+    total: Counter[str] = Counter()
+    for (path, x), form in zip(jax.tree_util.tree_leaves_with_path(state), jax.tree.leaves(formats[0]), strict=True):
+        shape = x.sharding.shard_shape(x.shape)
+        width = x.dtype.itemsize
+        if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
+            data = jax.eval_shape(jax.random.key_data, x)
+            shape, width = (*shape, *data.shape[x.ndim :]), data.dtype.itemsize
+        layout = form.layout
+        tile = tuple(layout.tiling[0]) if layout.tiling else ()
+        order = tuple(reversed(layout.major_to_minor)) if len(layout.major_to_minor) == len(shape) else None
+        total[path[0].name] += hlo.padded(shape, order or tuple(reversed(range(len(shape)))), tile) * width
+    return dict(total)
+
+
+def _too_large(known: dict[str, Any], made: program.Program, state: Any, batch: Any, error: Exception) -> Plan:
+    """The plan of a step that the compiler refuses because it needs more memory than the chip has: estimated, but for the peak.
+
+    Raises:
+        Exception: the compiler's error where it is about something else.
+    """
+    needed = re.search(r"Used ([\d.]+)([KMGT]) of ([\d.]+)([KMGT]) hbm", str(error))
+    if needed is None:
+        raise error
+    units = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+    peak, limit = float(needed[1]) * units[needed[2]], float(needed[3]) * units[needed[4]]
+    plan = _estimated({**known, "compiled": False}, made, state, batch)
+    memory = dataclasses.replace(plan.memory, rest=peak - plan.memory.peak + plan.memory.rest, peak=peak, limit=limit)
+    note = f"the compiler refused the step: it needs {needed[1]}{needed[2]} of {needed[3]}{needed[4]}; all but the peak is estimated"
+    return dataclasses.replace(plan, memory=memory, notes=(note,))
+
+
+def _estimated(known: dict[str, Any], made: program.Program, state: Any, batch: Any) -> Plan:
+    """The plan by formulas."""
+    run, chip = known["run"], known["topology"].chip
+    found = estimate.step(run, made.model, dict(made.mesh.shape), state, batch)
+    given = found.parameters + found.optimizer + found.other
+    memory = Memory(found.parameters, found.optimizer, found.other, found.rest, given + found.rest, chip.memory)
+    return Plan(
+        **known, memory=memory, flops=found.flops, traffic=found.traffic, payload=found.payload, sent=found.sent
+    )
+
+
+def whole_run(plan: Plan, seconds: float | None = None) -> dict[str, float]:
+    """Tokens a day, days and chip-hours of all steps of the run, at the roofline's time of a step or at the one given."""
+    seconds = seconds or plan.seconds
+    steps = plan.run.steps
+    return {
+        "tokens_per_day": plan.tokens / seconds * DAY,
+        "tokens": float(plan.tokens * steps),
+        "days": seconds * steps / DAY,
+        "chip_hours": seconds * steps / 3600 * plan.topology.chips,
+    }
+
+
+def to_dict(plan: Plan) -> dict[str, Any]:
+    """The plan as JSON-able data."""
+    batch, model = plan.run.batch, plan.run.model
+    assert model is not None
+    return {
+        "name": plan.run.name,
+        "topology": plan.topology.name,
+        "chips": plan.topology.chips,
+        "kind": "compiled" if plan.compiled else "analytic estimate",
+        "mesh": plan.mesh,
+        "batch": config.to_dict(batch),
+        "remat": model.remat,
+        "parameters": plan.parameters,
+        "memory": {**dataclasses.asdict(plan.memory), "fits": plan.memory.fits, "free": plan.memory.limit - plan.memory.peak},
+        "flops": {"program": plan.flops, "model": plan.model_flops, "ratio": plan.flops / plan.model_flops},
+        "traffic": plan.traffic,
+        "collectives": {
+            name: {"payload": plan.payload[name], "sent": plan.sent[name]} for name in sorted(plan.payload)
+        },
+        "roofline": {
+            **plan.times,
+            "seconds": plan.seconds,
+            "bound": max(plan.times, key=lambda name: plan.times[name]),
+            "utilisation": plan.utilisation,
+        },
+        "run": {"steps": plan.run.steps, "tokens_per_step": plan.tokens, **whole_run(plan)},
+        "notes": list(plan.notes),
+    }
