@@ -6,8 +6,6 @@ XLA's own `cost_analysis` counts the body of a loop once and a kernel as nothing
 import functools
 import math
 import re
-from collections import Counter
-from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -42,45 +40,40 @@ class Cost(NamedTuple):
     kernel_flops: float = 0.0
     """of them in kernels, which XLA does not see into"""
     memory: float = 0.0
-    """bytes read and written in the device's memory"""
-    payload: Counter[str] = Counter()  # noqa: RUF012  (never written to)
-    sent: Counter[str] = Counter()  # noqa: RUF012
-    channels: dict[str, Collective] = {}  # noqa: RUF012
-    """collectives by channel: one that is printed several times, as its start, its parts and its end, is one"""
+    """bytes read and written in the device's memory, those of collectives left out"""
+    channels: dict[str, tuple[Collective, float]] = {}  # noqa: RUF012  (never written to)
+    """collectives by channel, and how often each takes place"""
     unknown: tuple[str, ...] = ()
     """kernels and loops that are not understood: they count as no operations, or as one turn"""
 
+    def summed(self, what: str) -> dict[str, float]:
+        """Bytes of each kind of collective: `payload`, `sent` or `memory`."""
+        total: dict[str, float] = {}
+        for one, count in self.channels.values():
+            total[one.kind] = total.get(one.kind, 0.0) + getattr(one, what) * count
+        return total
+
 
 def times(cost: Cost, count: float) -> Cost:
-    """The cost of so many turns; the collectives of all of them are added up."""
-    payload, sent, memory = Counter(cost.payload), Counter(cost.sent), cost.memory
-    for one in cost.channels.values():
-        payload[one.kind] += one.payload  # type: ignore[assignment]
-        sent[one.kind] += one.sent  # type: ignore[assignment]
-        memory += one.memory
-    return Cost(
-        cost.flops * count,
-        cost.kernel_flops * count,
-        memory * count,
-        Counter({name: x * count for name, x in payload.items()}),  # type: ignore[misc]
-        Counter({name: x * count for name, x in sent.items()}),  # type: ignore[misc]
-        {},
-        cost.unknown,
-    )
+    """The cost of so many turns."""
+    channels = {name: (one, often * count) for name, (one, often) in cost.channels.items()}
+    return Cost(cost.flops * count, cost.kernel_flops * count, cost.memory * count, channels, cost.unknown)
 
 
 def plus(a: Cost, b: Cost) -> Cost:
-    """The cost of both; of a channel in both, that with the larger payload."""
+    """The cost of both.
+
+    A channel in both is one collective: it is printed where it starts, where its parts run beside other work, which may be a loop, and
+    where it ends. It takes place as often as the outermost of these.
+    """
     channels = dict(a.channels)
-    for name, one in b.channels.items():
-        if name not in channels or one.payload > channels[name].payload:
-            channels[name] = one
+    for name, (one, often) in b.channels.items():
+        other, before = channels.get(name, (one, often))
+        channels[name] = (max(one, other, key=lambda c: c.payload), min(often, before))
     return Cost(
         a.flops + b.flops,
         a.kernel_flops + b.kernel_flops,
         a.memory + b.memory,
-        a.payload + b.payload,
-        a.sent + b.sent,
         channels,
         tuple(dict.fromkeys(a.unknown + b.unknown)),
     )
@@ -271,7 +264,8 @@ def cost(text: str, devices: int = 1, attention_share: float = 0.5) -> Cost:
             return Cost(found, found) if found is not None else Cost(unknown=(x.name,))
         if x.opcode.removesuffix("-start") in COLLECTIVES:
             channel = re.search(r"channel_id=(\d+)", x.rest)
-            return Cost(channels={channel[1] if channel else x.name: _collective(x, inside, devices, fused)})
+            one = _collective(x, inside, devices, fused)
+            return Cost(channels={channel[1] if channel else x.name: (one, 1.0)})
         return Cost()
 
     def calls(x: Instruction, inside: Computation, fused: bool) -> Cost:
@@ -284,7 +278,7 @@ def cost(text: str, devices: int = 1, attention_share: float = 0.5) -> Cost:
         if x.opcode == "conditional":
             named = re.search(r"branch_computations=\{([^}]*)\}", x.rest)
             listed = named[1].split(",") if named else [x.called(f"{k}_computation") or "" for k in ("true", "false")]
-            branches = [times(computation(name.strip().lstrip("%"), False), 1) for name in listed]
+            branches = [computation(name.strip().lstrip("%"), False) for name in listed]
             return max(branches, key=lambda c: (c.flops, c.memory))
         if x.opcode in ("fusion", "async-start"):
             return computation(x.called("calls") or "", fused or x.opcode == "fusion")
@@ -303,4 +297,4 @@ def cost(text: str, devices: int = 1, attention_share: float = 0.5) -> Cost:
                 total = total._replace(memory=total.memory + _memory(module, inside, x))
         return total
 
-    return times(computation(module.entry, False), 1)
+    return computation(module.entry, False)

@@ -234,9 +234,9 @@ def _compiled(known: dict[str, Any], made: program.Program, state: Any, batch: A
         **known,
         memory=memory,
         flops=found.flops,
-        traffic=found.memory,
-        payload=dict(found.payload),
-        sent=dict(found.sent),
+        traffic=found.memory + sum(found.summed("memory").values()),
+        payload=found.summed("payload"),
+        sent=found.summed("sent"),
         notes=notes,
     )
 

@@ -1,0 +1,206 @@
+"""Memory, operations and collectives of a training step by formulas, where nothing can be compiled. `plan.py` says that they are estimates.
+
+Parameters, optimizer state and the batch are exact but for the padding to tiles: they are the shards that the rules of `sharding.py`
+give. The rest follows what the step keeps and moves: gradients, what each layer saves for its backward pass, the largest working set.
+The letters are those of `models/layers.py`.
+"""
+
+import dataclasses
+import math
+from collections import Counter
+from typing import Any
+
+import jax
+
+from llm_jax import flops, losses, tree
+from llm_jax.config import Run
+from llm_jax.models import transformer
+from llm_jax.models.config import ModelConfig
+from llm_jax.models.layers import compute_dtype
+from llm_jax.platform import target
+
+PASSES = 12
+"""Times that the scores of attention cross a TPU's memory in a step with remat, in float32; counted in a compiled step of Llama 2 7B"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Estimate:
+    """Of one device and one step; the fields are those of `plan.Memory` and `plan.Plan`."""
+
+    parameters: float
+    optimizer: float
+    other: float
+    rest: float
+    flops: float
+    traffic: float
+    payload: dict[str, float]
+    sent: dict[str, float]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Sizes:
+    """What a device holds of a slice of the batch, and how the weights are spread."""
+
+    config: ModelConfig
+    rows: float
+    share: float
+    """of a row's tokens that it holds: 1 without a context axis"""
+    tensor: int
+    fsdp: int
+    data: int
+    width: int
+    """bytes of a value in the computation"""
+
+    @property
+    def stacks(self) -> list[tuple[str, int]]:
+        """Sides and their depths."""
+        c = self.config
+        return [(side, depth) for side, depth in (("encoder", c.encoder_depth), ("decoder", c.decoder_depth)) if depth]
+
+
+def step(run: Run, config: ModelConfig, mesh: dict[str, int], state: Any, batch: dict[str, Any]) -> Estimate:
+    """The estimate of one update.
+
+    Args:
+        config: the sizes after the transforms.
+        mesh: the size of each axis.
+        state, batch: shapes and places of what the step is called with.
+    """
+    chips = math.prod(mesh.values())
+    rows = run.batch.size / run.batch.accumulate / mesh["data"] / mesh["fsdp"]
+    width = jax.numpy.dtype(compute_dtype(config)).itemsize
+    sizes = _Sizes(config, rows, 1 / mesh["context"], mesh["tensor"], mesh["fsdp"], mesh["data"], width)
+    lengths = {side: _length(side, config, batch) for side, _ in sizes.stacks}
+    held = {name: shard_bytes(getattr(state, name)) for name in state._fields}
+    parameters, optimizer = held.pop("params"), held.pop("opt_state")
+    layers = sum(_saved(sizes, lengths[side]) * depth for side, depth in sizes.stacks)
+    backward = parameters + _cast(sizes, state.params) + max(_working(sizes, lengths[side]) for side, _ in sizes.stacks)
+    rest = layers + max(backward, _loss(sizes, batch))
+    forward = flops.forward_flops(config, {name: x.shape for name, x in batch.items()})
+    program = _program(sizes, forward, lengths, run.batch.size) / chips
+    payload, sent = _collectives(sizes, state.params, lengths, run.batch.accumulate)
+    traffic = _traffic(sizes, state.params, parameters + optimizer, lengths, run.batch.accumulate)
+    return Estimate(
+        parameters, optimizer, sum(held.values()) + shard_bytes(batch), rest, program, traffic, payload, sent
+    )
+
+
+def shard_bytes(arrays: Any) -> float:
+    """Bytes of one device's shards, without the padding to tiles."""
+    total = 0.0
+    for x in jax.tree.leaves(arrays):
+        key = jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key)
+        data = jax.eval_shape(jax.random.key_data, jax.ShapeDtypeStruct(x.shape, x.dtype)) if key else None
+        each = 1 if data is None else math.prod(data.shape[x.ndim :])
+        total += math.prod(x.sharding.shard_shape(x.shape)) * each * (x.dtype if data is None else data.dtype).itemsize
+    return total
+
+
+def _length(side: str, config: ModelConfig, batch: dict[str, Any]) -> int:
+    """Tokens of a row of a side."""
+    source = side == "encoder" and config.architecture == "encoder-decoder"
+    return batch["encoder_tokens" if source else "tokens"].shape[1]
+
+
+def _scores(sizes: _Sizes, length: int) -> float:
+    """Values of the scores of one layer on a device; none where a kernel keeps them to itself, as cuDNN does on GPU."""
+    if target() == "gpu" and not sizes.config.dropout and sizes.width == 2:
+        return 0.0
+    return sizes.rows * sizes.config.heads / sizes.tensor * length * sizes.share * length
+
+
+def _products(sizes: _Sizes) -> float:
+    """Values a token of what the products of a layer give: queries, keys, values, both outputs, the MLP's hidden ones."""
+    c = sizes.config
+    inner = 2 if c.mlp.startswith("gated_") else 1
+    return 2 * c.dim + ((c.heads + 2 * c.kv_size) * c.head_size + inner * c.mlp_size) / sizes.tensor
+
+
+def _saved(sizes: _Sizes, length: int) -> float:
+    """Bytes that a layer keeps for its backward pass."""
+    c, tokens = sizes.config, sizes.rows * length * sizes.share
+    if c.remat == "full":
+        return sizes.width * tokens * c.dim
+    if c.remat == "dots":
+        return sizes.width * tokens * (c.dim + _products(sizes))
+    elementwise = 4 * c.dim + (c.heads * c.head_size + c.mlp_size) / sizes.tensor
+    return sizes.width * tokens * (_products(sizes) + elementwise) + (4 + sizes.width) * _scores(sizes, length)
+
+
+def _working(sizes: _Sizes, length: int) -> float:
+    """Bytes at the height of a layer's backward pass beside what all layers keep: scores, the MLP's values, gathered weights."""
+    c, tokens = sizes.config, sizes.rows * length * sizes.share
+    weights = tree.size(transformer.shapes(c.replace(vocab_size=1, layers=1, decoder_layers=0)))
+    hidden = 3 * sizes.width * tokens * c.mlp_size / sizes.tensor
+    gathered = sizes.width * weights / sizes.tensor if sizes.fsdp > 1 else 0.0
+    return (4 + sizes.width) * _scores(sizes, length) + hidden + gathered
+
+
+def _cast(sizes: _Sizes, params: Any) -> float:
+    """Bytes of the copy of the weights in the dtype of the computation, which XLA makes once for all layers."""
+    return shard_bytes(params) / 4 * sizes.width if sizes.width < 4 else 0.0
+
+
+def _loss(sizes: _Sizes, batch: dict[str, Any]) -> float:
+    """Bytes of the loss over the vocabulary: a chunk of logits and its gradient, the unembedding and the gradient of it, both whole."""
+    c = sizes.config
+    if c.head not in ("lm", "mlm"):
+        return 0.0
+    asked = batch.get("predict", batch["tokens"]).shape[1] * sizes.rows * sizes.share
+    chunk = min(losses.CHUNK, asked * c.vocab_size)
+    table = c.vocab_size * c.dim / sizes.tensor
+    return (8 + sizes.width) * chunk / sizes.tensor + (4 + sizes.width) * table
+
+
+def _program(sizes: _Sizes, forward: float, lengths: dict[str, int], rows: int) -> float:
+    """Operations on all devices: three times the forward pass with all scores, those of the future too, and what remat computes again."""
+    c = sizes.config
+    width = c.heads * c.head_size
+    full = sum(4 * rows * lengths[side] ** 2 * width * depth for side, depth in sizes.stacks)
+    whole = forward + (full / 2 if c.architecture == "decoder" else 0.0)
+    again = 0.0
+    if c.remat == "full":  # but for each layer's last product, which no gradient needs
+        tokens = sum(rows * lengths[side] * depth for side, depth in sizes.stacks)
+        head = 2 * rows * lengths[sizes.stacks[-1][0]] * c.vocab_size * c.dim if c.head in ("lm", "mlm") else 0.0
+        again = whole - head - 2 * tokens * c.mlp_size * c.dim
+    elif c.remat == "dots":
+        again = full
+    return 3 * whole + again
+
+
+def _collectives(
+    sizes: _Sizes, params: Any, lengths: dict[str, int], slices: int
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Weights gathered for each pass, gradients summed, activations summed over the tensor axis; payload and sent bytes by kind."""
+    c = sizes.config
+    count = tree.size(params) / sizes.tensor
+    payload: Counter[str] = Counter()
+    sent: Counter[str] = Counter()
+
+    def add(kind: str, size: float, devices: int, factor: int = 1) -> None:
+        if devices > 1:
+            payload[kind] += size  # type: ignore[assignment]
+            sent[kind] += factor * size * (devices - 1) / devices  # type: ignore[assignment]
+
+    passes = slices * (2 if c.remat == "none" else 3)
+    add("all-gather", passes * sizes.width * count, sizes.fsdp)
+    add("reduce-scatter", slices * sizes.width * count, sizes.fsdp)
+    add("all-reduce", slices * 4 * count / sizes.fsdp, sizes.data, 2)
+    sums = slices * (4 if c.remat == "none" else 6)
+    for side, depth in sizes.stacks:
+        tokens = sizes.rows * lengths[side] * sizes.share
+        add("all-reduce", sums * depth * sizes.width * tokens * c.dim, sizes.tensor, 2)
+    return dict(payload), dict(sent)
+
+
+def _traffic(sizes: _Sizes, params: Any, state: float, lengths: dict[str, int], slices: int) -> float:
+    """Bytes to and from the device's memory: the state read and written, gathered weights, activations of each pass, scores."""
+    c = sizes.config
+    passes = 3 if c.remat == "none" else 4
+    weights = passes * 2 * sizes.width * tree.size(params) / sizes.tensor
+    total = 0.0
+    for side, depth in sizes.stacks:
+        tokens = sizes.rows * lengths[side] * sizes.share
+        values = _products(sizes) + 4 * c.dim + c.mlp_size / sizes.tensor
+        total += depth * (2 * passes * sizes.width * tokens * values + 4 * PASSES * _scores(sizes, lengths[side]))
+    return 2 * state + slices * (weights + total)
