@@ -6,6 +6,7 @@ at about 20 tokens a parameter (table 3); what more tokens on a smaller model co
 
 import dataclasses
 import math
+from typing import Any
 
 from llm_jax.plan import Topology
 
@@ -64,3 +65,15 @@ def loss(parameters: float, tokens: float) -> float:
     1.94
     """
     return 1.69 + 406.4 / parameters**0.34 + 410.7 / tokens**0.28
+
+
+def to_dict(found: list[Choice], topology: Topology, days: float, utilisation: float) -> dict[str, Any]:
+    """The choices and what they rest on, as JSON-able data."""
+    return {
+        "topology": topology.name,
+        "chips": topology.chips,
+        "days": days,
+        "assumed_utilisation": utilisation,
+        "operations": operations(topology, days, utilisation),
+        "choices": [dataclasses.asdict(one) for one in found],
+    }

@@ -49,6 +49,9 @@ def of_kind(kind: str) -> Chip | None:
     (True, None)
     """
     found = [
-        (len(name), i) for i, chip in enumerate(CHIPS.values()) for name in chip.kinds if kind.lower().startswith(name.lower())
+        (len(name), i)
+        for i, chip in enumerate(CHIPS.values())
+        for name in chip.kinds
+        if kind.lower().startswith(name.lower())
     ]
     return list(CHIPS.values())[max(found)[1]] if found else None

@@ -318,6 +318,64 @@ def _cache(arguments: Sequence[str]) -> None:
     _print(found, text, options.json)
 
 
+def _plan(arguments: Sequence[str]) -> None:
+    """What a run would take of chips that are not at hand: memory, operations, collectives, time; or which model fits a budget."""
+    parser = _parser("plan", _plan, "python -m llm_jax plan --config=configs/llama2_7b.py --topology=v5e:16x16")
+    parser.epilog = (
+        f"{parser.epilog}\n         python -m llm_jax plan --budget --topology=v5e:16x16 --days=7\n\n"
+        "--config=FILE and --config.KEY=VALUE are those of train.py. For TPUs the run's step is compiled, which needs\n"
+        "`pip install 'llm_jax[plan]'` and no TPU; GPUs are estimated."
+    )
+    parser.add_argument("--topology", required=True, help="chips and their network: v5e:16x16, v5p:4x4x4, h100:8")
+    parser.add_argument("--search", action="store_true", help="try batches, remat and meshes; rank what fits")
+    parser.add_argument("--compile", type=int, default=3, help="plans of a search that are compiled, 3 by default")
+    parser.add_argument("--estimate", action="store_true", help="by formulas alone, compile nothing")
+    parser.add_argument("--budget", action="store_true", help="which model to train with these chips in --days")
+    parser.add_argument("--days", type=float, help="of a budget")
+    parser.add_argument("--utilisation", type=float, default=0.4, help="assumed in a budget, 0.4 by default")
+    told, rest = _config_arguments(arguments)
+    options = parser.parse_args(rest)
+    if options.budget:
+        if options.days is None or told:
+            raise UserError("--budget goes with --topology and --days=N, and without a config")
+        if not 0 < options.days < float("inf") or not 0 < options.utilisation <= 1:
+            raise UserError("--days must be above 0, --utilisation in (0, 1]")
+    elif options.days is not None:
+        raise UserError("--days goes with --budget")
+    if options.compile < 0:
+        raise UserError(f"--compile is {options.compile}: it must not be negative")
+    from llm_jax import budget, config, plan, reports
+
+    plan.prepare()
+    topology = plan.read_topology(options.topology)
+    if options.budget:
+        found = budget.choices(topology, options.days, options.utilisation)
+        result = budget.to_dict(found, topology, options.days, options.utilisation)
+        _print(result, reports.budget(found, topology, options.days, options.utilisation), options.json)
+        return
+    run = config.parse(told)
+    if options.search:
+        from llm_jax.search import search
+
+        plans = search(run, topology, 0 if options.estimate else options.compile)
+        _print([plan.to_dict(p) for p in plans], reports.ranking(plans), options.json)
+        return
+    made = plan.make(run, topology, compiled=not options.estimate)
+    _print(plan.to_dict(made), reports.plan(made), options.json)
+
+
+def _config_arguments(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The words of a command line that are about a config, with the values that follow them, and the others."""
+    told: list[str] = []
+    rest: list[str] = []
+    into = rest
+    for word in arguments:
+        if word.startswith("-"):
+            into = told if word.split("=")[0] == "--config" or word.startswith("--config.") else rest
+        into.append(word)
+    return told, rest
+
+
 def _show(arguments: Sequence[str]) -> None:
     """The card of a checkpoint: where it came from, what it is, how good it was."""
     parser = _parser("show", _show, "python -m llm_jax show runs/quickstart")
@@ -360,5 +418,6 @@ VERBS: dict[str, Callable[[Sequence[str]], None]] = {
     "export": _export,
     "cost": _cost,
     "cache": _cache,
+    "plan": _plan,
     "show": _show,
 }

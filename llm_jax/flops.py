@@ -12,6 +12,7 @@ from llm_jax import chips, tree
 from llm_jax.models import transformer
 from llm_jax.models.config import ModelConfig
 
+
 def forward_flops(config: ModelConfig, shapes: Mapping[str, tuple[int, ...]]) -> float:
     """2 N a token for the products with weights, and 4 S H E a token and layer for attention, half of it where it is causal.
 

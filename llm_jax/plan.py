@@ -128,7 +128,9 @@ def prepare() -> None:
     """Keep jax and libtpu from looking for a TPU: this process is to use the CPU. Called before a device is touched."""
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     jax.config.update("jax_platforms", "cpu")
-    jax.config.update("jax_enable_compilation_cache", False)  # what is compiled for chips elsewhere cannot be read back here
+    jax.config.update(
+        "jax_enable_compilation_cache", False
+    )  # what is compiled for chips elsewhere cannot be read back here
 
 
 def can_compile(topology: Topology) -> bool:
@@ -202,7 +204,9 @@ def abstract_batch(run: Run, mesh: Any) -> dict[str, Any]:
     row: dict[str, np.ndarray] = {}
     for stream in (s for s in STREAMS if s in lengths):
         prefix = stream.removesuffix("tokens")
-        row |= {f"{prefix}{name}": np.zeros(lengths[stream], np.int32) for name in ("tokens", "segment_ids", "positions")}
+        row |= {
+            f"{prefix}{name}": np.zeros(lengths[stream], np.int32) for name in ("tokens", "segment_ids", "positions")
+        }
     row |= {"targets": np.zeros(lengths["tokens"], np.int32), "weights": np.zeros(lengths["tokens"], np.float32)}
     row = run.task.row(row, _tokenizer(), np.random.default_rng(0))
     made = {name: ((run.batch.size, *x.shape), x.dtype) for name, x in row.items()}
@@ -311,7 +315,11 @@ def to_dict(plan: Plan) -> dict[str, Any]:
         "batch": config.to_dict(batch),
         "remat": model.remat,
         "parameters": plan.parameters,
-        "memory": {**dataclasses.asdict(plan.memory), "fits": plan.memory.fits, "free": plan.memory.limit - plan.memory.peak},
+        "memory": {
+            **dataclasses.asdict(plan.memory),
+            "fits": plan.memory.fits,
+            "free": plan.memory.limit - plan.memory.peak,
+        },
         "flops": {"program": plan.flops, "model": plan.model_flops, "ratio": plan.flops / plan.model_flops},
         "traffic": plan.traffic,
         "collectives": {

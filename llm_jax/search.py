@@ -23,7 +23,10 @@ def candidates(run: Run, topology: plan.Topology) -> Iterator[Run]:
 
     The batch of an update is the run's where the rows divide it, else as many rows as one slice has.
     """
-    run = resolve(dataclasses.replace(run, batch=dataclasses.replace(run.batch, size=topology.chips, accumulate=1)), _flat(topology))
+    run = resolve(
+        dataclasses.replace(run, batch=dataclasses.replace(run.batch, size=topology.chips, accumulate=1)),
+        _flat(topology),
+    )
     assert run.model is not None
     for tensor in (t for t in TENSOR if topology.chips % t == 0 and run.model.heads % t == 0):
         over = topology.chips // tensor
