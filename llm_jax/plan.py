@@ -10,6 +10,7 @@ import math
 import os
 import re
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -135,7 +136,12 @@ def prepare() -> None:
 
 def can_compile(topology: Topology) -> bool:
     """Whether the step can be compiled for these chips on this machine."""
-    return topology.chip.platform == "tpu" and importlib.util.find_spec("libtpu") is not None
+    return topology.chip.platform == "tpu" and not lacks_compiler(topology)
+
+
+def lacks_compiler(topology: Topology) -> bool:
+    """Whether libtpu would be needed and is not installed."""
+    return topology.chip.platform == "tpu" and importlib.util.find_spec("libtpu") is None
 
 
 def devices_of(topology: Topology) -> Any:
@@ -166,17 +172,36 @@ def make(run: Run, topology: Topology, compiled: bool = True) -> Plan:
             mesh = sharding.abstract_mesh(run.mesh, topology.chips)
         run = program.resolve(run, mesh)
         made, state, batch = arguments(run, mesh)
-        shapes = {name: x.shape for name, x in batch.items()}
-        known = {
-            "run": run,
-            "topology": topology,
-            "mesh": dict(mesh.shape),
-            "parameters": tree.size(made.abstract.params),
-            "compiled": compiled,
-            "model_flops": flops.train_flops(made.model, shapes) / topology.chips,
-            "tokens": math.prod(shapes["tokens"]),
-        }
+        known = _known(run, topology, made, batch)
         return _compiled(known, made, state, batch) if compiled else _estimated(known, made, state, batch)
+
+
+def variants(runs: Sequence[Run], topology: Topology) -> list[Plan]:
+    """The estimated plans of runs that differ in the batch and in remat alone. Raises as `make`."""
+    with planned_for(topology.chip.platform):
+        mesh = sharding.abstract_mesh(runs[0].mesh, topology.chips)
+        runs = [program.resolve(run, mesh) for run in runs]
+        made, state, _ = arguments(runs[0], mesh)
+        found = []
+        for run in runs:
+            assert run.model is not None
+            one = dataclasses.replace(made, model=made.model.replace(remat=run.model.remat))
+            batch = abstract_batch(run, mesh)
+            found.append(_estimated(_known(run, topology, one, batch), one, state, batch))
+        return found
+
+
+def _known(run: Run, topology: Topology, made: program.Program, batch: dict[str, Any]) -> dict[str, Any]:
+    """What a plan tells that needs no compiler."""
+    shapes = {name: x.shape for name, x in batch.items()}
+    return {
+        "run": run,
+        "topology": topology,
+        "mesh": dict(made.mesh.shape),
+        "parameters": tree.size(made.abstract.params),
+        "model_flops": flops.train_flops(made.model, shapes) / topology.chips,
+        "tokens": math.prod(shapes["tokens"]),
+    }
 
 
 def arguments(run: Run, mesh: Any) -> tuple[program.Program, Any, dict[str, Any]]:
@@ -236,6 +261,7 @@ def _compiled(known: dict[str, Any], made: program.Program, state: Any, batch: A
     notes = tuple(f"not understood, counted as no operations or one turn: {name}" for name in found.unknown)
     return Plan(
         **known,
+        compiled=True,
         memory=memory,
         flops=found.flops,
         traffic=found.memory + sum(found.summed("memory").values()),
@@ -273,7 +299,7 @@ def _too_large(known: dict[str, Any], made: program.Program, state: Any, batch: 
         raise error
     units = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
     peak, limit = float(needed[1]) * units[needed[2]], float(needed[3]) * units[needed[4]]
-    plan = _estimated({**known, "compiled": False}, made, state, batch)
+    plan = _estimated(known, made, state, batch)
     memory = dataclasses.replace(plan.memory, rest=peak - plan.memory.peak + plan.memory.rest, peak=peak, limit=limit)
     note = f"the compiler refused the step: it needs {needed[1]}{needed[2]} of {needed[3]}{needed[4]}; all but the peak is estimated"
     return dataclasses.replace(plan, memory=memory, notes=(note,))
@@ -286,7 +312,13 @@ def _estimated(known: dict[str, Any], made: program.Program, state: Any, batch: 
     given = found.parameters + found.optimizer + found.other
     memory = Memory(found.parameters, found.optimizer, found.other, found.rest, given + found.rest, chip.memory)
     return Plan(
-        **known, memory=memory, flops=found.flops, traffic=found.traffic, payload=found.payload, sent=found.sent
+        **known,
+        compiled=False,
+        memory=memory,
+        flops=found.flops,
+        traffic=found.traffic,
+        payload=found.payload,
+        sent=found.sent,
     )
 
 

@@ -1,7 +1,7 @@
 """Plans and budgets as text. The figures are made in `plan.py`, `search.py` and `budget.py`."""
 
 from llm_jax import budget as budgets
-from llm_jax.plan import Plan, Topology, whole_run
+from llm_jax.plan import Plan, Topology, lacks_compiler, whole_run
 
 
 def plan(made: Plan) -> str:
@@ -18,7 +18,7 @@ def plan(made: Plan) -> str:
         f" in {run.batch.accumulate} slices, remat {model.remat}",
         "read off the step as compiled for this topology"
         if made.compiled
-        else "ANALYTIC ESTIMATE: nothing was compiled",
+        else "ANALYTIC ESTIMATE: nothing was compiled" + _why(made.topology),
         "",
         "memory of a device, GB",
         *_rows(
@@ -52,6 +52,11 @@ def plan(made: Plan) -> str:
     if run.epochs:
         lines.append("the config asks for epochs: how many steps these are is known when the data is read")
     return "\n".join(lines + [f"note: {note}" for note in made.notes])
+
+
+def _why(topology: Topology) -> str:
+    """Why a TPU's plan was not compiled, where that can be mended."""
+    return " (libtpu is not installed: pip install 'llm_jax[plan]')" if lacks_compiler(topology) else ""
 
 
 def _rows(values: dict[str, float], unit: float) -> list[str]:

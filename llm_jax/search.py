@@ -4,11 +4,12 @@ All are estimated; the best of them are compiled, where that can be done, and ra
 """
 
 import dataclasses
+import math
 from collections.abc import Iterator
 
 from llm_jax import plan
 from llm_jax.config import Batch, Mesh, Run
-from llm_jax.errors import ConfigError, UserError
+from llm_jax.errors import UserError
 from llm_jax.models.config import REMAT
 from llm_jax.program import resolve
 from llm_jax.sharding import abstract_mesh
@@ -18,43 +19,37 @@ ROWS = (1, 2, 4, 8, 16)
 TENSOR = (1, 2, 4, 8)
 
 
-def candidates(run: Run, topology: plan.Topology) -> Iterator[Run]:
-    """The run with other meshes, rematerialisation and slices of its batch; those whose axes do not divide are left out.
+def candidates(run: Run, topology: plan.Topology) -> Iterator[list[Run]]:
+    """The run on other meshes, for each with every rematerialisation and several batches, in one slice.
 
-    The batch of an update is the run's where the rows divide it, else as many rows as one slice has.
+    Those whose heads the tensor axis does not divide are left out; the context axis stays 1.
     """
-    run = resolve(
-        dataclasses.replace(run, batch=dataclasses.replace(run.batch, size=topology.chips, accumulate=1)),
-        _flat(topology),
-    )
-    assert run.model is not None
-    for tensor in (t for t in TENSOR if topology.chips % t == 0 and run.model.heads % t == 0):
+    every = dataclasses.replace(run, batch=Batch(size=topology.chips, length=run.batch.length))
+    sizes = resolve(every, abstract_mesh(Mesh(), topology.chips)).model
+    assert sizes is not None
+    for tensor in (t for t in TENSOR if topology.chips % t == 0 and sizes.heads % t == 0):
         over = topology.chips // tensor
-        for fsdp in sorted({over, min(over, 16), 1}, reverse=True):
+        for fsdp in sorted({over, math.gcd(over, 16), 1}, reverse=True):
             mesh = Mesh(data=over // fsdp, fsdp=fsdp, tensor=tensor)
-            for remat in REMAT:
-                for rows in ROWS:
-                    batch = Batch(size=rows * over, length=run.batch.length)
-                    model = run.model.replace(remat=remat)
-                    yield dataclasses.replace(run, mesh=mesh, model=model, batch=batch)
-
-
-def _flat(topology: plan.Topology):
-    return abstract_mesh(Mesh(), topology.chips)
+            yield [
+                dataclasses.replace(
+                    run,
+                    mesh=mesh,
+                    model=sizes.replace(remat=remat),
+                    batch=Batch(size=rows * over, length=run.batch.length),
+                )
+                for remat in REMAT
+                for rows in ROWS
+            ]
 
 
 def search(run: Run, topology: plan.Topology, compiled: int = 3) -> list[plan.Plan]:
-    """The plans that fit, fastest a token first; the first `compiled` of the estimated ones are compiled.
+    """The plans that fit, fastest a token first; the first `compiled` of the estimated ones are compiled, where that can be done.
 
     Raises:
-        UserError: nothing that was tried fits.
+        UserError: what in the config does not fit together, or nothing that was tried fits.
     """
-    found = []
-    for one in candidates(run, topology):
-        try:
-            found.append(plan.make(one, topology, compiled=False))
-        except ConfigError:  # a transform or a task that the sizes do not suit
-            continue
+    found = [p for runs in candidates(run, topology) for p in plan.variants(runs, topology)]
     fitting = sorted((p for p in found if p.memory.fits), key=_per_token)
     if not fitting:
         least = min((p.memory.peak for p in found), default=0.0)
