@@ -8,7 +8,7 @@ import dataclasses
 import math
 from typing import Any
 
-from llm_jax.plan import Topology
+from llm_jax.chips import Topology
 
 RATIOS = (20, 40, 100, 200, 500)
 """Tokens a parameter: the optimum for the training alone, and models trained longer, which are cheaper to use"""
@@ -36,7 +36,7 @@ class Choice:
 def choices(topology: Topology, days: float, utilisation: float) -> list[Choice]:
     """The ways to spend so many days of the chips, at a utilisation that is assumed.
 
-    >>> from llm_jax.plan import read_topology
+    >>> from llm_jax.chips import read_topology
     >>> best = choices(read_topology("v5e:16x16"), 7, 0.4)[0]
     >>> f"{best.parameters / 1e9:.1f}B parameters, {best.tokens / 1e9:.0f}B tokens"
     '10.1B parameters, 202B tokens'

@@ -1,6 +1,10 @@
 """What accelerators can do, by their makers' figures: the one table that utilisation and plans are measured against."""
 
 import dataclasses
+import math
+import re
+
+from llm_jax.errors import UserError, choose
 
 GIB = 2**30
 
@@ -55,3 +59,33 @@ def of_kind(kind: str) -> Chip | None:
         if kind.lower().startswith(name.lower())
     ]
     return list(CHIPS.values())[max(found)[1]] if found else None
+
+
+@dataclasses.dataclass(frozen=True)
+class Topology:
+    """Chips of one kind, and how they are connected."""
+
+    name: str
+    chip: Chip
+    chips: int
+
+
+def read_topology(name: str) -> Topology:
+    """The chips that a name such as v5e:16x16, v5p:4x4x4 or h100:8 stands for.
+
+    Raises:
+        UserError: no such chip, or another number of axes than its network has.
+
+    >>> read_topology("v5e:4x4").chips
+    16
+    """
+    found = re.fullmatch(r"(\w+):(\d+(?:x\d+)*)", name)
+    if found is None:
+        raise UserError(f"topology {name!r}: say a chip and how many, e.g. v5e:16x16, v5p:4x4x4 or h100:8")
+    chip = CHIPS[choose("chip", found[1], CHIPS, UserError)]
+    sizes = [int(n) for n in found[2].split("x")]
+    axes = {"v4": 3, "v5p": 3, "v5e": 2, "v6e": 2}.get(found[1], 1)
+    if len(sizes) != axes or min(sizes) < 1:
+        example = found[1] + ":" + {3: "4x4x4", 2: "4x4", 1: "8"}[axes]
+        raise UserError(f"topology {name!r}: {found[1]} is given by {axes} sizes of at least 1, e.g. {example}")
+    return Topology(name, chip, math.prod(sizes))

@@ -345,9 +345,10 @@ def _plan(arguments: Sequence[str]) -> None:
     if options.compile < 0:
         raise UserError(f"--compile is {options.compile}: it must not be negative")
     from llm_jax import budget, config, plan, reports
+    from llm_jax.chips import read_topology
 
     plan.prepare()
-    topology = plan.read_topology(options.topology)
+    topology = read_topology(options.topology)
     if options.budget:
         found = budget.choices(topology, options.days, options.utilisation)
         result = budget.to_dict(found, topology, options.days, options.utilisation)

@@ -147,7 +147,7 @@ def group(x: Instruction, devices: int) -> int:
 
 def _collective(x: Instruction, inside: Computation, devices: int, fused: bool) -> Collective:
     kind = x.opcode.removesuffix("-start")
-    if kind == "all-reduce" and fused and all(y.opcode == "dynamic-slice" for y in _used(inside, x.name)):
+    if kind == "all-reduce" and fused and {y.opcode for y in _used(inside, x.name)} == {"dynamic-slice"}:
         kind = "reduce-scatter"  # as TPU programs print it: a fusion that sums and keeps this device's part
     arrays = [t for name in x.operands if name in inside for t in inside[name].types]
     given, count = sum(t.bytes for t in arrays), group(x, devices)

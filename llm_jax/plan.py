@@ -14,27 +14,14 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-import numpy as np
 
-from llm_jax import checkpoint, config, estimate, flops, hlo, hlo_cost, program, sharding, tree
-from llm_jax.chips import CHIPS, Chip
+from llm_jax import config, estimate, flops, hlo, hlo_cost, program, sharding, tree
+from llm_jax.chips import Topology
 from llm_jax.config import Run
-from llm_jax.data.packing import STREAMS
-from llm_jax.data.tokenizer import Tokenizer, load_tokenizer
-from llm_jax.errors import ConfigError, UserError, choose
+from llm_jax.errors import UserError
 from llm_jax.platform import planned_for
-from llm_jax.transforms import IDENTITY, Calibration
 
 DAY = 86400
-
-
-@dataclasses.dataclass(frozen=True)
-class Topology:
-    """Chips of one kind, and how they are connected."""
-
-    name: str
-    chip: Chip
-    chips: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,27 +91,6 @@ class Plan:
         return self.model_flops / self.seconds / self.topology.chip.flops
 
 
-def read_topology(name: str) -> Topology:
-    """The chips that a name such as v5e:16x16, v5p:4x4x4 or h100:8 stands for.
-
-    Raises:
-        UserError: no such chip, or another number of axes than its network has.
-
-    >>> read_topology("v5e:4x4").chips
-    16
-    """
-    found = re.fullmatch(r"(\w+):(\d+(?:x\d+)*)", name)
-    if found is None:
-        raise UserError(f"topology {name!r}: say a chip and how many, e.g. v5e:16x16, v5p:4x4x4 or h100:8")
-    chip = CHIPS[choose("chip", found[1], CHIPS, UserError)]
-    sizes = [int(n) for n in found[2].split("x")]
-    axes = {"v4": 3, "v5p": 3, "v5e": 2, "v6e": 2}.get(found[1], 1)
-    if len(sizes) != axes or min(sizes) < 1:
-        example = found[1] + ":" + {3: "4x4x4", 2: "4x4", 1: "8"}[axes]
-        raise UserError(f"topology {name!r}: {found[1]} is given by {axes} sizes of at least 1, e.g. {example}")
-    return Topology(name, chip, math.prod(sizes))
-
-
 def prepare() -> None:
     """Keep jax and libtpu from looking for a TPU: this process is to use the CPU. Called before a device is touched."""
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
@@ -171,7 +137,7 @@ def make(run: Run, topology: Topology, compiled: bool = True) -> Plan:
         else:
             mesh = sharding.abstract_mesh(run.mesh, topology.chips)
         run = program.resolve(run, mesh)
-        made, state, batch = arguments(run, mesh)
+        made, state, batch = program.arguments(run, mesh)
         known = _known(run, topology, made, batch)
         return _compiled(known, made, state, batch) if compiled else _estimated(known, made, state, batch)
 
@@ -181,12 +147,12 @@ def variants(runs: Sequence[Run], topology: Topology) -> list[Plan]:
     with planned_for(topology.chip.platform):
         mesh = sharding.abstract_mesh(runs[0].mesh, topology.chips)
         runs = [program.resolve(run, mesh) for run in runs]
-        made, state, _ = arguments(runs[0], mesh)
+        made, state, _ = program.arguments(runs[0], mesh)
         found = []
         for run in runs:
             assert run.model is not None
             one = dataclasses.replace(made, model=made.model.replace(remat=run.model.remat))
-            batch = abstract_batch(run, mesh)
+            batch = program.abstract_batch(run, mesh)
             found.append(_estimated(_known(run, topology, one, batch), one, state, batch))
         return found
 
@@ -202,45 +168,6 @@ def _known(run: Run, topology: Topology, made: program.Program, batch: dict[str,
         "model_flops": flops.train_flops(made.model, shapes) / topology.chips,
         "tokens": math.prod(shapes["tokens"]),
     }
-
-
-def arguments(run: Run, mesh: Any) -> tuple[program.Program, Any, dict[str, Any]]:
-    """The program of a resolved run, and the shapes and places of what its step is called with."""
-    batch = abstract_batch(run, mesh)
-    change = program.transform_of(run)
-    aux = None
-    if change.calibration:
-        rows = {n: jax.ShapeDtypeStruct((change.calibration, *x.shape), x.dtype) for n, x in batch.items()}
-        aux = Calibration(rows, run.task.loss)
-    made = program.make(run, mesh, aux)
-    return made, checkpoint.abstract_like(made.abstract, made.shardings), batch
-
-
-def abstract_batch(run: Run, mesh: Any) -> dict[str, Any]:
-    """The shapes and places of the arrays of a batch, of a row that the task makes of no text.
-
-    Raises:
-        ConfigError: a transform adds to the rows what only the data tells.
-    """
-    for change in run.transforms:
-        if change.rows is not IDENTITY.rows:
-            raise ConfigError(f"{change.label} adds to the rows what only the data tells: plan the run without it")
-    lengths = run.task.lengths(run.batch.length)
-    row: dict[str, np.ndarray] = {}
-    for stream in (s for s in STREAMS if s in lengths):
-        prefix = stream.removesuffix("tokens")
-        row |= {
-            f"{prefix}{name}": np.zeros(lengths[stream], np.int32) for name in ("tokens", "segment_ids", "positions")
-        }
-    row |= {"targets": np.zeros(lengths["tokens"], np.int32), "weights": np.zeros(lengths["tokens"], np.float32)}
-    row = run.task.row(row, _tokenizer(), np.random.default_rng(0))
-    made = {name: ((run.batch.size, *x.shape), x.dtype) for name, x in row.items()}
-    return {n: jax.ShapeDtypeStruct(s, d, sharding=sharding.batch_sharding(mesh, s)) for n, (s, d) in made.items()}
-
-
-def _tokenizer() -> Tokenizer:
-    """One that has what a task may ask for; its vocabulary does not matter."""
-    return load_tokenizer("wordpiece:64", ["a b c"])
 
 
 def _compiled(known: dict[str, Any], made: program.Program, state: Any, batch: Any) -> Plan:
@@ -276,15 +203,14 @@ def argument_bytes(compiled: Any, state: Any) -> dict[str, float]:
     formats, _ = compiled.input_formats
     total: Counter[str] = Counter()
     for (path, x), form in zip(jax.tree_util.tree_leaves_with_path(state), jax.tree.leaves(formats[0]), strict=True):
-        shape = x.sharding.shard_shape(x.shape)
-        width = x.dtype.itemsize
+        if form.layout is None:  # the step does not read it
+            continue
+        shape, width = x.sharding.shard_shape(x.shape), x.dtype.itemsize
         if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
             data = jax.eval_shape(jax.random.key_data, x)
             shape, width = (*shape, *data.shape[x.ndim :]), data.dtype.itemsize
-        layout = form.layout
-        tile = tuple(layout.tiling[0]) if layout.tiling else ()
-        order = tuple(reversed(layout.major_to_minor)) if len(layout.major_to_minor) == len(shape) else None
-        total[path[0].name] += hlo.padded(shape, order or tuple(reversed(range(len(shape)))), tile) * width
+        tile = tuple(form.layout.tiling[0]) if form.layout.tiling else ()
+        total[path[0].name] += hlo.padded(shape, tuple(reversed(form.layout.major_to_minor)), tile) * width
     return dict(total)
 
 
@@ -323,11 +249,18 @@ def _estimated(known: dict[str, Any], made: program.Program, state: Any, batch: 
 
 
 def whole_run(plan: Plan, seconds: float | None = None) -> dict[str, float]:
-    """Tokens a day, days and chip-hours of all steps of the run, at the roofline's time of a step or at the one given."""
+    """Tokens a day, days and chip-hours of all steps of the run, at the roofline's time of a step or at the one given.
+
+    Of a run over epochs, whose steps are known when its data is read, tokens a day alone.
+    """
     seconds = seconds or plan.seconds
     steps = plan.run.steps
+    rate = {"tokens_per_day": plan.tokens / seconds * DAY}
+    if plan.run.epochs:
+        return rate
     return {
-        "tokens_per_day": plan.tokens / seconds * DAY,
+        **rate,
+        "steps": steps,
         "tokens": float(plan.tokens * steps),
         "days": seconds * steps / DAY,
         "chip_hours": seconds * steps / 3600 * plan.topology.chips,
@@ -336,7 +269,7 @@ def whole_run(plan: Plan, seconds: float | None = None) -> dict[str, float]:
 
 def to_dict(plan: Plan) -> dict[str, Any]:
     """The plan as JSON-able data."""
-    batch, model = plan.run.batch, plan.run.model
+    model = plan.run.model
     assert model is not None
     return {
         "name": plan.run.name,
@@ -344,7 +277,7 @@ def to_dict(plan: Plan) -> dict[str, Any]:
         "chips": plan.topology.chips,
         "kind": "compiled" if plan.compiled else "analytic estimate",
         "mesh": plan.mesh,
-        "batch": config.to_dict(batch),
+        "batch": config.to_dict(plan.run.batch),
         "remat": model.remat,
         "parameters": plan.parameters,
         "memory": {
@@ -363,6 +296,6 @@ def to_dict(plan: Plan) -> dict[str, Any]:
             "bound": max(plan.times, key=lambda name: plan.times[name]),
             "utilisation": plan.utilisation,
         },
-        "run": {"steps": plan.run.steps, "tokens_per_step": plan.tokens, **whole_run(plan)},
+        "run": {"tokens_per_step": plan.tokens, **whole_run(plan)},
         "notes": list(plan.notes),
     }

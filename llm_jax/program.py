@@ -9,11 +9,14 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import numpy as np
 
 from llm_jax import checkpoint, evaluate, optim, sharding, step, tree
 from llm_jax import model as models
 from llm_jax import transforms as tf
 from llm_jax.config import Run
+from llm_jax.data.packing import STREAMS
+from llm_jax.data.tokenizer import Tokenizer, load_tokenizer
 from llm_jax.errors import CheckpointError, ConfigError
 from llm_jax.models import transformer
 from llm_jax.models.config import ModelConfig
@@ -157,6 +160,45 @@ def transform_of(run: Run) -> tf.Transform:
         moving_average(run.optimizer.moving_average, (*kept, *tf.chain(*run.transforms).masks)),
         freeze(run.optimizer.freeze),
     )
+
+
+def arguments(run: Run, mesh: Any) -> tuple[Program, Any, dict[str, Any]]:
+    """The program of a resolved run, and the shapes and places of what its step is called with."""
+    batch = abstract_batch(run, mesh)
+    change = transform_of(run)
+    aux = None
+    if change.calibration:
+        rows = {n: jax.ShapeDtypeStruct((change.calibration, *x.shape), x.dtype) for n, x in batch.items()}
+        aux = Calibration(rows, run.task.loss)
+    made = make(run, mesh, aux)
+    return made, checkpoint.abstract_like(made.abstract, made.shardings), batch
+
+
+def abstract_batch(run: Run, mesh: Any) -> dict[str, Any]:
+    """The shapes and places of the arrays of a batch, of a row that the task makes of no text.
+
+    Raises:
+        ConfigError: a transform adds to the rows what only the data tells.
+    """
+    for change in run.transforms:
+        if change.rows is not IDENTITY.rows:
+            raise ConfigError(f"{change.label} adds to the rows what only the data tells: plan the run without it")
+    lengths = run.task.lengths(run.batch.length)
+    row: dict[str, np.ndarray] = {}
+    for stream in (s for s in STREAMS if s in lengths):
+        prefix = stream.removesuffix("tokens")
+        row |= {
+            f"{prefix}{name}": np.zeros(lengths[stream], np.int32) for name in ("tokens", "segment_ids", "positions")
+        }
+    row |= {"targets": np.zeros(lengths["tokens"], np.int32), "weights": np.zeros(lengths["tokens"], np.float32)}
+    row = run.task.row(row, _tokenizer(), np.random.default_rng(0))
+    made = {name: ((run.batch.size, *x.shape), x.dtype) for name, x in row.items()}
+    return {n: jax.ShapeDtypeStruct(s, d, sharding=sharding.batch_sharding(mesh, s)) for n, (s, d) in made.items()}
+
+
+def _tokenizer() -> Tokenizer:
+    """One that has what a task may ask for; its vocabulary does not matter."""
+    return load_tokenizer("wordpiece:64", ["a b c"])
 
 
 def pruned(run: Run) -> tuple[str, ...]:

@@ -1,7 +1,8 @@
 """Plans and budgets as text. The figures are made in `plan.py`, `search.py` and `budget.py`."""
 
 from llm_jax import budget as budgets
-from llm_jax.plan import Plan, Topology, lacks_compiler, whole_run
+from llm_jax.chips import Topology
+from llm_jax.plan import Plan, lacks_compiler, whole_run
 
 
 def plan(made: Plan) -> str:
@@ -46,11 +47,14 @@ def plan(made: Plan) -> str:
         *_rows(times, 1.0),
         f"  bound by {bound}: {made.seconds:.4f} s, which allows a utilisation of {made.utilisation:.1%}",
         "",
-        f"at that rate {total['tokens_per_day'] / 1e9:.3f}B tokens a day; the run, {run.steps} steps of {made.tokens} tokens:"
-        f" {total['days']:.2f} days, {total['chip_hours']:.0f} chip-hours",
+        f"at that rate {total['tokens_per_day'] / 1e9:.3f}B tokens a day",
     ]
     if run.epochs:
-        lines.append("the config asks for epochs: how many steps these are is known when the data is read")
+        lines.append("how many steps the epochs of the config are is known when the data is read")
+    else:
+        lines.append(
+            f"the run: {run.steps} steps of {made.tokens} tokens, {total['days']:.2f} days, {total['chip_hours']:.0f} chip-hours"
+        )
     return "\n".join(lines + [f"note: {note}" for note in made.notes])
 
 

@@ -8,6 +8,7 @@ import math
 from collections.abc import Iterator
 
 from llm_jax import plan
+from llm_jax.chips import Topology
 from llm_jax.config import Batch, Mesh, Run
 from llm_jax.errors import UserError
 from llm_jax.models.config import REMAT
@@ -19,7 +20,7 @@ ROWS = (1, 2, 4, 8, 16)
 TENSOR = (1, 2, 4, 8)
 
 
-def candidates(run: Run, topology: plan.Topology) -> Iterator[list[Run]]:
+def candidates(run: Run, topology: Topology) -> Iterator[list[Run]]:
     """The run on other meshes, for each with every rematerialisation and several batches, in one slice.
 
     Those whose heads the tensor axis does not divide are left out; the context axis stays 1.
@@ -43,7 +44,7 @@ def candidates(run: Run, topology: plan.Topology) -> Iterator[list[Run]]:
             ]
 
 
-def search(run: Run, topology: plan.Topology, compiled: int = 3) -> list[plan.Plan]:
+def search(run: Run, topology: Topology, compiled: int = 3) -> list[plan.Plan]:
     """The plans that fit, fastest a token first; the first `compiled` of the estimated ones are compiled, where that can be done.
 
     Raises:

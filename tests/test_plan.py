@@ -55,7 +55,7 @@ def test_what_is_planned_is_what_a_run_runs(corpus, tmp_path, sizes):
     finally:
         built.close()
     devices = sharding.make_mesh(mesh)
-    made, abstract, shapes = plan.arguments(program.resolve(dataclasses.replace(RUN, mesh=mesh), devices), devices)
+    made, abstract, shapes = program.arguments(program.resolve(dataclasses.replace(RUN, mesh=mesh), devices), devices)
     with jax.set_mesh(devices):
         assert made.step.lower(abstract, shapes).as_text() == run
 
@@ -65,7 +65,7 @@ def test_parameters_and_optimizer_take_what_the_compiler_says(name):
     """Of each device: the shards of both, with the batch and the counters, are the arguments of the compiled step, byte for byte."""
     run = dataclasses.replace(RUN, mesh=Mesh(data=2, fsdp=2, tensor=2), optimizer=Optimizer(name=name))
     mesh = sharding.make_mesh(run.mesh)
-    made, state, batch = plan.arguments(program.resolve(run, mesh), mesh)
+    made, state, batch = program.arguments(program.resolve(run, mesh), mesh)
     with jax.set_mesh(mesh):
         compiled = made.step.lower(state, batch).compile()
     found = plan.argument_bytes(compiled, state)
@@ -78,18 +78,24 @@ def test_parameters_and_optimizer_take_what_the_compiler_says(name):
 
 
 def test_an_estimate_says_so_and_counts_the_shards():
-    topology = plan.read_topology("h100:8")
+    topology = chips.read_topology("h100:8")
     run = dataclasses.replace(RUN, mesh=Mesh(data=1, fsdp=8))
     made = plan.make(run, topology)
     assert not made.compiled and plan.to_dict(made)["kind"] == "analytic estimate"
     assert made.memory.fits and made.memory.limit == chips.CHIPS["h100"].memory
     mesh = sharding.make_mesh(run.mesh)
-    _, state, _ = plan.arguments(program.resolve(run, mesh), mesh)
+    _, state, _ = program.arguments(program.resolve(run, mesh), mesh)
     total = sum(jnp.zeros(x.sharding.shard_shape(x.shape), x.dtype).nbytes for x in jax.tree.leaves(state.params))
     assert made.memory.parameters == total
     assert made.model_flops <= made.flops and set(made.payload) == {"all-gather", "reduce-scatter"}
     one = plan.whole_run(made, seconds=2.0)
-    assert one == {"tokens_per_day": 256 * 43200, "tokens": 6 * 256, "days": 12 / 86400, "chip_hours": 12 / 3600 * 8}
+    assert one == {
+        "tokens_per_day": 256 * 43200,
+        "steps": 6,
+        "tokens": 6 * 256,
+        "days": 12 / 86400,
+        "chip_hours": 12 / 3600 * 8,
+    }
 
 
 @pytest.mark.parametrize(
@@ -103,29 +109,29 @@ def test_an_estimate_says_so_and_counts_the_shards():
 def test_every_task_has_a_batch(model, task):
     run = dataclasses.replace(RUN, model=model, task=task)
     mesh = sharding.make_mesh(run.mesh)
-    made, state, batch = plan.arguments(program.resolve(run, mesh), mesh)
+    made, state, batch = program.arguments(program.resolve(run, mesh), mesh)
     with jax.set_mesh(mesh):
         made.step.lower(state, batch)
-    assert plan.make(run, plan.read_topology("a100:8")).flops > 0
+    assert plan.make(run, chips.read_topology("a100:8")).flops > 0
 
 
 def test_a_transform_that_starts_and_what_only_the_data_tells():
     run = dataclasses.replace(RUN, transforms=(Transform(rows=lambda batch, fingerprint: dict(batch), label="cached"),))
     with pytest.raises(config.reading.ConfigError, match="cached adds to the rows what only the data tells"):
-        plan.make(run, plan.read_topology("h100:8"))
+        plan.make(run, chips.read_topology("h100:8"))
     headed = dataclasses.replace(
         RUN,
         model=SIZES.replace(architecture="encoder", head="none"),
         transforms=(new_head("classification", labels=2),),
         task=Classification(labels=("a", "b")),
     )
-    assert plan.make(headed, plan.read_topology("h100:8")).parameters > 0
+    assert plan.make(headed, chips.read_topology("h100:8")).parameters > 0
 
 
 def test_more_devices_take_less_memory_each():
     peaks = [
         plan.make(
-            dataclasses.replace(RUN, mesh=Mesh(data=1, fsdp=n), batch=Batch(16, 32)), plan.read_topology(f"h100:{n}")
+            dataclasses.replace(RUN, mesh=Mesh(data=1, fsdp=n), batch=Batch(16, 32)), chips.read_topology(f"h100:{n}")
         ).memory
         for n in (1, 4, 16)
     ]
@@ -139,17 +145,17 @@ def test_more_devices_take_less_memory_each():
 def test_a_search_ranks_what_fits(monkeypatch):
     monkeypatch.setattr(search, "ROWS", (1, 4))
     monkeypatch.setattr(search, "TENSOR", (1, 2))
-    found = search.search(RUN, plan.read_topology("h100:4"))
+    found = search.search(RUN, chips.read_topology("h100:4"))
     times = [p.seconds / p.tokens for p in found]
     assert times == sorted(times) and all(p.memory.fits for p in found) and len(found) > 8
     assert {p.run.model.remat for p in found} == {"none", "full", "dots"}
     monkeypatch.setitem(chips.CHIPS, "h100", dataclasses.replace(chips.CHIPS["h100"], memory=1000.0))
     with pytest.raises(Exception, match="nothing that was tried fits h100:4: the least needs"):
-        search.search(RUN, plan.read_topology("h100:4"))
+        search.search(RUN, chips.read_topology("h100:4"))
 
 
 def test_a_budget():
-    topology = plan.read_topology("v5p:4x4x4")
+    topology = chips.read_topology("v5p:4x4x4")
     found = budget.choices(topology, 10, 0.5)
     for one in found:
         assert 6 * one.parameters * one.tokens == pytest.approx(64 * 459e12 * 0.5 * 10 * 86400)
@@ -232,3 +238,19 @@ def test_a_tpu_topology_is_compiled_for(tmp_path):
     assert compiled["flops"]["model"] == estimated["flops"]["model"]
     assert compiled["flops"]["program"] == pytest.approx(estimated["flops"]["program"], rel=0.05)
     assert compiled["collectives"]["all-gather"]["payload"] > 0 and compiled["notes"] == []
+
+
+def test_a_step_that_the_compiler_refuses_is_planned_all_the_same():
+    topology = chips.read_topology("v5e:2x4")
+    mesh = sharding.make_mesh(RUN.mesh)
+    run = program.resolve(RUN, mesh)
+    made, state, batch = program.arguments(run, mesh)
+    known = plan._known(run, topology, made, batch)
+    told = "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 17.50G of 15.75G hbm. Exceeded hbm capacity by 1.75G."
+    found = plan._too_large(known, made, state, batch, RuntimeError(told))
+    memory = found.memory
+    assert not memory.fits and memory.peak == 17.5 * 2**30 and memory.limit == 15.75 * 2**30
+    assert memory.parameters + memory.optimizer + memory.other + memory.rest == pytest.approx(memory.peak)
+    assert "the compiler refused the step" in found.notes[0]
+    with pytest.raises(RuntimeError, match="something else"):
+        plan._too_large(known, made, state, batch, RuntimeError("something else"))
