@@ -28,7 +28,7 @@ class Chip:
 
 
 # TPU: "System architecture" of each version in the documentation of Google Cloud TPU, where bandwidth between chips is given in Gbit/s a
-# chip (v4 2400, v5e 1600, v5p 4800, v6e 3584); memory is what XLA says it may fill when a program is too large (15.75G of 16 on v5e).
+# chip (v4 2400, v5e 1600, v5p 4800, v6e 3584); memory is what libtpu names when it refuses a program that is too large (15.75G of 16 on v5e).
 # GPU: NVIDIA's data sheets of the SXM forms (A100 80GB, H100, H200, B200, V100 32GB) and of L4; NVLink in one direction, half of what is
 # stated for both, and it joins the GPUs of one node. B200: the share of a GPU in an HGX board. L4 has PCIe alone.
 CHIPS: dict[str, Chip] = {

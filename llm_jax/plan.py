@@ -118,8 +118,9 @@ def devices_of(topology: Topology) -> Any:
     """
     from jax.experimental import topologies
 
+    options = {"chip_config_name": "megacore"} if topology.name.startswith("v4") else {}  # else a device is half a chip
     try:
-        return topologies.get_topology_desc(platform="tpu", topology_name=topology.name).devices
+        return topologies.get_topology_desc(platform="tpu", topology_name=topology.name, **options).devices
     except Exception as e:
         raise UserError(f"topology {topology.name!r}: libtpu knows no such: {str(e).splitlines()[0]}") from e
 
@@ -220,14 +221,18 @@ def _too_large(known: dict[str, Any], made: program.Program, state: Any, batch: 
     Raises:
         Exception: the compiler's error where it is about something else.
     """
-    needed = re.search(r"Used ([\d.]+)([KMGT]) of ([\d.]+)([KMGT]) hbm", str(error))
+    needed = re.search(
+        r"Used (\S+)([KMGT]) of (\S+)([KMGT]) hbm|\((\S+)([KMGT])\) exceeds available HBM \((\S+)([KMGT])\)", str(error)
+    )
     if needed is None:
         raise error
+    peak, peak_unit, limit, limit_unit = (x for x in needed.groups() if x is not None)
     units = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
-    peak, limit = float(needed[1]) * units[needed[2]], float(needed[3]) * units[needed[4]]
     plan = _estimated(known, made, state, batch)
-    memory = dataclasses.replace(plan.memory, rest=peak - plan.memory.peak + plan.memory.rest, peak=peak, limit=limit)
-    note = f"the compiler refused the step: it needs {needed[1]}{needed[2]} of {needed[3]}{needed[4]}; all but the peak is estimated"
+    total = float(peak) * units[peak_unit]
+    rest = total - plan.memory.peak + plan.memory.rest
+    memory = dataclasses.replace(plan.memory, rest=rest, peak=total, limit=float(limit) * units[limit_unit])
+    note = f"the compiler refused the step: it needs {peak}{peak_unit} of {limit}{limit_unit}; all but the peak is estimated"
     return dataclasses.replace(plan, memory=memory, notes=(note,))
 
 

@@ -240,13 +240,19 @@ def test_a_tpu_topology_is_compiled_for(tmp_path):
     assert compiled["collectives"]["all-gather"]["payload"] > 0 and compiled["notes"] == []
 
 
-def test_a_step_that_the_compiler_refuses_is_planned_all_the_same():
+@pytest.mark.parametrize(
+    "told",
+    [
+        "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 17.50G of 15.75G hbm. Exceeded hbm capacity by 1.75G.",
+        "Ran out of memory on HBM, the total memory required for HLO temporaries (17.50G) exceeds available HBM (15.75G).",
+    ],
+)
+def test_a_step_that_the_compiler_refuses_is_planned_all_the_same(told):
     topology = chips.read_topology("v5e:2x4")
     mesh = sharding.make_mesh(RUN.mesh)
     run = program.resolve(RUN, mesh)
     made, state, batch = program.arguments(run, mesh)
     known = plan._known(run, topology, made, batch)
-    told = "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 17.50G of 15.75G hbm. Exceeded hbm capacity by 1.75G."
     found = plan._too_large(known, made, state, batch, RuntimeError(told))
     memory = found.memory
     assert not memory.fits and memory.peak == 17.5 * 2**30 and memory.limit == 15.75 * 2**30
