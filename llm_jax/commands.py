@@ -335,12 +335,12 @@ def _plan(arguments: Sequence[str]) -> None:
     parser.add_argument("--utilisation", type=float, default=0.4, help="assumed in a budget, 0.4 by default")
     told, rest = _config_arguments(arguments)
     options = parser.parse_args(rest)
-    if options.budget:
-        if options.days is None or told:
-            raise UserError("--budget goes with --topology and --days=N, and without a config")
-        if not 0 < options.days < float("inf") or not 0 < options.utilisation <= 1:
-            raise UserError("--days must be above 0, --utilisation in (0, 1]")
-    elif options.days is not None:
+    days = options.days or 0.0
+    if options.budget and (options.days is None or told):
+        raise UserError("--budget goes with --topology and --days=N, and without a config")
+    if options.budget and not (0 < days < float("inf") and 0 < options.utilisation <= 1):
+        raise UserError("--days must be above 0, --utilisation in (0, 1]")
+    if options.days is not None and not options.budget:
         raise UserError("--days goes with --budget")
     if options.compile < 0:
         raise UserError(f"--compile is {options.compile}: it must not be negative")
@@ -350,9 +350,9 @@ def _plan(arguments: Sequence[str]) -> None:
     plan.prepare()
     topology = read_topology(options.topology)
     if options.budget:
-        found = budget.choices(topology, options.days, options.utilisation)
-        result = budget.to_dict(found, topology, options.days, options.utilisation)
-        _print(result, reports.budget(found, topology, options.days, options.utilisation), options.json)
+        found = budget.choices(topology, days, options.utilisation)
+        result = budget.to_dict(found, topology, days, options.utilisation)
+        _print(result, reports.budget(found, topology, days, options.utilisation), options.json)
         return
     run = config.parse(told)
     if options.search:

@@ -47,8 +47,8 @@ class Program:
     """the weights whose zeros the update keeps, those that it is to remove among them, by their paths"""
     extra: tuple[str, ...]
     """names at the top of the params that are trained beside the model's and are no part of it"""
-    step: Callable[..., Any]
-    """(state, batch) -> (state, metrics), jitted; the state is donated"""
+    step: Any
+    """(state, batch) -> (state, metrics), jitted, so that it can be lowered; the state is donated"""
     eval_step: Callable[..., Any]
     """(params, batch, reference) -> sums and outcomes, jitted"""
 
@@ -168,8 +168,10 @@ def arguments(run: Run, mesh: Any) -> tuple[Program, Any, dict[str, Any]]:
     change = transform_of(run)
     aux = None
     if change.calibration:
-        rows = {n: jax.ShapeDtypeStruct((change.calibration, *x.shape), x.dtype) for n, x in batch.items()}
-        aux = Calibration(rows, run.task.loss)
+        rows: dict[str, Any] = {
+            n: jax.ShapeDtypeStruct((change.calibration, *x.shape), x.dtype) for n, x in batch.items()
+        }
+        aux = tf.Calibration(rows, run.task.loss)
     made = make(run, mesh, aux)
     return made, checkpoint.abstract_like(made.abstract, made.shardings), batch
 
@@ -181,7 +183,7 @@ def abstract_batch(run: Run, mesh: Any) -> dict[str, Any]:
         ConfigError: a transform adds to the rows what only the data tells.
     """
     for change in run.transforms:
-        if change.rows is not IDENTITY.rows:
+        if change.rows is not tf.IDENTITY.rows:
             raise ConfigError(f"{change.label} adds to the rows what only the data tells: plan the run without it")
     lengths = run.task.lengths(run.batch.length)
     row: dict[str, np.ndarray] = {}

@@ -18,7 +18,7 @@ from llm_jax.models.config import ModelConfig
 from llm_jax.models.layers import compute_dtype
 from llm_jax.platform import planned_for, target
 from llm_jax.tasks import Classification, MaskedToken, NextToken, SpanCorruption
-from llm_jax.transforms import Transform, new_head
+from llm_jax.transforms import Transform, chain, new_head
 
 ROOT = Path(__file__).parents[1]
 SIZES = ModelConfig(vocab_size=512, max_length=32, layers=2, dim=16, heads=2, norm="rms", mlp="gated_silu")
@@ -119,10 +119,11 @@ def test_a_transform_that_starts_and_what_only_the_data_tells():
     run = dataclasses.replace(RUN, transforms=(Transform(rows=lambda batch, fingerprint: dict(batch), label="cached"),))
     with pytest.raises(config.reading.ConfigError, match="cached adds to the rows what only the data tells"):
         plan.make(run, chips.read_topology("h100:8"))
+    calibrated = Transform(params=lambda c, params, key, aux: (aux.batches["tokens"].shape, params)[1], calibration=2)
     headed = dataclasses.replace(
         RUN,
         model=SIZES.replace(architecture="encoder", head="none"),
-        transforms=(new_head("classification", labels=2),),
+        transforms=(chain(new_head("classification", labels=2), calibrated),),
         task=Classification(labels=("a", "b")),
     )
     assert plan.make(headed, chips.read_topology("h100:8")).parameters > 0

@@ -154,6 +154,8 @@ def chain(*transforms: Transform) -> Transform:
     functions = (config, params, wrap("loss"), wrap("grad"), wrap("update"))
     masks = tuple(regex for transform in transforms for regex in transform.masks)
     densify, moments = (any(getattr(x, name) for x in transforms) for name in ("densify", "moments"))
+    if all(transform.rows is IDENTITY.rows for transform in transforms):
+        rows = IDENTITY.rows
     return Transform(*functions, label, reference, calibration, steps, card, extra, rows, masks, densify, moments)
 
 
