@@ -94,6 +94,7 @@ class Plan:
 def prepare() -> None:
     """Keep jax and libtpu from looking for a TPU: this process is to use the CPU. Called before a device is touched."""
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # beside other plans, and beside a run that holds the TPU
     jax.config.update("jax_platforms", "cpu")
     jax.config.update(
         "jax_enable_compilation_cache", False
@@ -114,7 +115,7 @@ def devices_of(topology: Topology) -> Any:
     """The devices of a TPU topology, to compile for.
 
     Raises:
-        UserError: libtpu knows no such topology.
+        UserError: libtpu knows no such topology, or cannot be loaded.
     """
     from jax.experimental import topologies
 
@@ -122,7 +123,7 @@ def devices_of(topology: Topology) -> Any:
     try:
         return topologies.get_topology_desc(platform="tpu", topology_name=topology.name, **options).devices
     except Exception as e:
-        raise UserError(f"topology {topology.name!r}: libtpu knows no such: {str(e).splitlines()[0]}") from e
+        raise UserError(f"topology {topology.name!r}: libtpu says {str(e).splitlines()[0]}") from e
 
 
 def make(run: Run, topology: Topology, compiled: bool = True) -> Plan:
@@ -179,14 +180,17 @@ def _compiled(known: dict[str, Any], made: program.Program, state: Any, batch: A
             compiled = made.step.lower(state, batch).compile()
         except jax.errors.JaxRuntimeError as e:
             return _too_large(known, made, state, batch, e)
-    parts = argument_bytes(compiled, state)
+    parts = argument_bytes(compiled, state, batch)
     figures = compiled.memory_analysis()
     peak, given = float(figures.peak_memory_in_bytes), float(figures.argument_size_in_bytes)
-    other = given - parts["params"] - parts["opt_state"]
-    memory = Memory(parts["params"], parts["opt_state"], other, peak - given, peak, chip.memory)
+    parameters, optimizer = parts["params"], parts["opt_state"]
+    memory = Memory(parameters, optimizer, given - parameters - optimizer, peak - given, peak, chip.memory)
+    notes = []
+    if sum(parts.values()) != given:
+        notes.append(f"the arguments by part are {sum(parts.values()):.0f} bytes, those of the compiler {given:.0f}")
     share = 0.5 if made.model.architecture == "decoder" else 1.0
     found = hlo_cost.cost(compiled.as_text(), chips, share)
-    notes = tuple(f"not understood, counted as no operations or one turn: {name}" for name in found.unknown)
+    notes += [f"not understood, counted as no operations or one turn: {name}" for name in found.unknown]
     return Plan(
         **known,
         compiled=True,
@@ -195,15 +199,19 @@ def _compiled(known: dict[str, Any], made: program.Program, state: Any, batch: A
         traffic=found.memory + sum(found.summed("memory").values()),
         payload=found.summed("payload"),
         sent=found.summed("sent"),
-        notes=notes,
+        notes=tuple(notes),
     )
 
 
-def argument_bytes(compiled: Any, state: Any) -> dict[str, float]:
-    """Bytes that each part of the state takes on a device as the compiled step lays it out, whole tiles counted."""
+def argument_bytes(compiled: Any, state: Any, batch: Any) -> dict[str, float]:
+    """Bytes of a device by part of the state, and those of the batch, as the compiled step lays them out, whole tiles counted."""
     formats, _ = compiled.input_formats
     total: Counter[str] = Counter()
-    for (path, x), form in zip(jax.tree_util.tree_leaves_with_path(state), jax.tree.leaves(formats[0]), strict=True):
+    given = {**state._asdict(), "batch": batch}
+    laid = {**formats[0]._asdict(), "batch": formats[1]}
+    named = [(name, x) for name, part in given.items() for x in jax.tree.leaves(part)]
+    forms = [form for part in laid.values() for form in jax.tree.leaves(part)]
+    for (name, x), form in zip(named, forms, strict=True):
         if form.layout is None:  # the step does not read it
             continue
         shape, width = x.sharding.shard_shape(x.shape), x.dtype.itemsize
@@ -211,7 +219,7 @@ def argument_bytes(compiled: Any, state: Any) -> dict[str, float]:
             data = jax.eval_shape(jax.random.key_data, x)
             shape, width = (*shape, *data.shape[x.ndim :]), data.dtype.itemsize
         tile = tuple(form.layout.tiling[0]) if form.layout.tiling else ()
-        total[path[0].name] += hlo.padded(shape, tuple(reversed(form.layout.major_to_minor)), tile) * width
+        total[name] += hlo.padded(shape, tuple(reversed(form.layout.major_to_minor)), tile) * width
     return dict(total)
 
 

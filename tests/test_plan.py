@@ -68,13 +68,23 @@ def test_parameters_and_optimizer_take_what_the_compiler_says(name):
     made, state, batch = program.arguments(program.resolve(run, mesh), mesh)
     with jax.set_mesh(mesh):
         compiled = made.step.lower(state, batch).compile()
-    found = plan.argument_bytes(compiled, state)
+    found = plan.argument_bytes(compiled, state, batch)
     for part in ("params", "opt_state"):
         arrays = jax.tree.leaves(getattr(state, part))
         assert found[part] == sum(jnp.zeros(x.sharding.shard_shape(x.shape), x.dtype).nbytes for x in arrays)
-    rows = sum(x.size * x.dtype.itemsize for x in batch.values()) / 4  # over data and fsdp
-    unread = batch["positions"].nbytes / 4 if "positions" not in compiled.as_text() else 0
-    assert sum(found.values()) + rows - unread == compiled.memory_analysis().argument_size_in_bytes
+    assert sum(found.values()) == compiled.memory_analysis().argument_size_in_bytes
+
+
+def test_what_a_step_does_not_read_is_no_argument():
+    """A model without positions does not ask for those of the batch."""
+    run = dataclasses.replace(RUN, model=SIZES.replace(positions="none"))
+    mesh = sharding.make_mesh(run.mesh)
+    made, state, batch = program.arguments(program.resolve(run, mesh), mesh)
+    with jax.set_mesh(mesh):
+        compiled = made.step.lower(state, batch).compile()
+    found = plan.argument_bytes(compiled, state, batch)
+    assert sum(found.values()) == compiled.memory_analysis().argument_size_in_bytes
+    assert found["batch"] == 4 * 32 * 4  # of its five arrays a row of each but the positions
 
 
 def test_an_estimate_says_so_and_counts_the_shards():
