@@ -277,7 +277,7 @@ def test_a_record_with_a_missing_field(trained, file, tmp_path, capsys):
         (["evl", "x"], "unknown verb 'evl'; did you mean 'eval'?"),
         (
             ["--config=x.py"],
-            "unknown verb '--config=x.py'; known: cache, cost, eval, export, generate, import, merge, predict, score, show, sweep, train",
+            "unknown verb '--config=x.py'; known: cache, cost, eval, export, generate, import, merge, plan, predict, score, show, sweep, train",
         ),
         (["train", "--config"], "--config names no file: say --config=configs/NAME.py"),
         (["train", "--steps=3"], "no config: say --config=configs/NAME.py"),
