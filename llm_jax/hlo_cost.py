@@ -244,6 +244,22 @@ def _memory(module: Module, inside: Computation, x: Instruction) -> float:
     return sum(given) + made
 
 
+def _arithmetic(x: Instruction, inside: Computation, fused: bool, devices: int, share: float) -> Cost:
+    """What an instruction computes or sends by itself, without what it calls."""
+    if x.opcode == "dot":
+        return Cost(_dot(x, inside))
+    if x.opcode == "convolution":
+        return Cost(_convolution(x, inside))
+    if x.opcode == "custom-call" and "tpu_custom_call" in x.rest:
+        found = kernel_flops(x, inside, share)
+        return Cost(found, found) if found is not None else Cost(unknown=(x.name,))
+    if x.opcode.removesuffix("-start") in COLLECTIVES:
+        channel = re.search(r"channel_id=(\d+)", x.rest)
+        one = _collective(x, inside, devices, fused)
+        return Cost(channels={channel[1] if channel else x.name: (one, 1.0)})
+    return Cost()
+
+
 def cost(text: str, devices: int = 1, attention_share: float = 0.5) -> Cost:
     """What one run of a program, as XLA prints it, costs one device.
 
@@ -252,21 +268,6 @@ def cost(text: str, devices: int = 1, attention_share: float = 0.5) -> Cost:
         attention_share: of the pairs of a query and a key that an attention kernel visits.
     """
     module = read(text)
-
-    def arithmetic(x: Instruction, inside: Computation, fused: bool) -> Cost:
-        """What an instruction computes by itself."""
-        if x.opcode == "dot":
-            return Cost(_dot(x, inside))
-        if x.opcode == "convolution":
-            return Cost(_convolution(x, inside))
-        if x.opcode == "custom-call" and "tpu_custom_call" in x.rest:
-            found = kernel_flops(x, inside, attention_share)
-            return Cost(found, found) if found is not None else Cost(unknown=(x.name,))
-        if x.opcode.removesuffix("-start") in COLLECTIVES:
-            channel = re.search(r"channel_id=(\d+)", x.rest)
-            one = _collective(x, inside, devices, fused)
-            return Cost(channels={channel[1] if channel else x.name: (one, 1.0)})
-        return Cost()
 
     def calls(x: Instruction, inside: Computation, fused: bool) -> Cost:
         """What the computations that an instruction runs cost."""
@@ -291,7 +292,7 @@ def cost(text: str, devices: int = 1, attention_share: float = 0.5) -> Cost:
         inside = module.computations.get(name, {})
         total = Cost()
         for x in inside.values():
-            for found in (arithmetic(x, inside, fused), calls(x, inside, fused)):
+            for found in (_arithmetic(x, inside, fused, devices, attention_share), calls(x, inside, fused)):
                 total = plus(total, found) if found != Cost() else total
             if not fused:
                 total = total._replace(memory=total.memory + _memory(module, inside, x))

@@ -240,7 +240,7 @@ def _too_large(known: dict[str, Any], made: program.Program, state: Any, batch: 
     total = float(peak) * units[peak_unit]
     rest = total - plan.memory.peak + plan.memory.rest
     memory = dataclasses.replace(plan.memory, rest=rest, peak=total, limit=float(limit) * units[limit_unit])
-    note = f"the compiler refused the step: it needs {peak}{peak_unit} of {limit}{limit_unit}; all but the peak is estimated"
+    note = f"the compiler refused the step: it needs {peak}{peak_unit} or more of {limit}{limit_unit}; all but the peak is estimated"
     return dataclasses.replace(plan, memory=memory, notes=(note,))
 
 
