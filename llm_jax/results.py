@@ -11,6 +11,9 @@ from llm_jax import log as logs
 from llm_jax.parts import Parts
 from llm_jax.tasks.base import Judgement
 
+TOKENS = 64
+"""Tokens of the continuation of a prompt, where the model has a position for each"""
+
 
 def write(parts: Parts, params: Any, judgement: Judgement | None, facts: dict[str, Any]) -> dict[str, Any]:
     """Write all of it; returns what result.json holds: the facts, the samples, and where everything lies."""
@@ -48,12 +51,16 @@ def samples(parts: Parts, params: Any) -> list[dict[str, str]]:
     settings, model = parts.run.eval, parts.model
     if not settings.prompts or model.architecture == "encoder":
         return []
+    longest = max(len(parts.tokenizer.encode(prompt)) for prompt in settings.prompts) + 1
+    room = model.max_length - longest if model.positions == "learned" else TOKENS
+    if room < 1:
+        return []
     texts = generation.generate(
         model,
         params,
         parts.tokenizer,
         settings.prompts,
-        max_new_tokens=64,
+        max_new_tokens=min(TOKENS, room),
         temperature=0.8,
         top_p=0.95,
         seed=parts.run.seed,

@@ -27,7 +27,7 @@ def get_config():
     return Run(
         name="tiny", workdir={workdir!r}, steps=2, task=NextToken(), batch=Batch(size=4, length=24),
         model=ModelConfig(vocab_size=300, max_length=48, layers=1, dim=16, heads=2),
-        optimizer=Optimizer(learning_rate=0.01), eval=Eval(prompts=({prompt!r},), max_new_tokens=3),
+        optimizer=Optimizer(learning_rate=0.01), eval=Eval(prompts=({prompt!r},)),
         data=Data(sources=("jsonl:{folder}/corpus.jsonl",), heldout=0.2, tokenizer="bpe:280", window=16))
 """
 

@@ -51,10 +51,12 @@ def test_what_a_run_says_of_it(monkeypatch):
     assert [line.split(",")[0].strip() for line in said[1:5]] == ["parameters", "of them 0", "forward", "forward"]
     assert "measured" not in cost.told(before, after, (2, 8), {}, measure=False)
     monkeypatch.setattr(cost, "MEASURED", 10)
-    assert [line.split()[-1] for line in cost.told(before, after, (2, 8), {}, True).splitlines()[1:]] == [
+    assert [line.split()[-1] for line in cost.told(before, after, (2, 8), {}, True).splitlines()[1:3]] == [
         f"{tree.size(transformer.shapes(after)) / tree.size(transformer.shapes(before)):.3f}",
         f"{flops.forward_flops(after, {'tokens': (2, 8)}) / flops.forward_flops(before, {'tokens': (2, 8)}):.3f}",
     ]
+    assert cost.told(before, after, (2, 8), {}, True).endswith("not timed: models of more than 0M parameters together")
+    assert cost.told(before, after, (2, 8), {}, False).endswith("not timed: several devices")
     headed = before.replace(head="classification", labels=2)
     assert cost.told(before, headed, (2, 8), {}, True) == ""
     assert "no speed-up is to be expected" in cost.told(before, headed, (2, 8), {"encoder/layers/mlp/up": 0.5}, True)

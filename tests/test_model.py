@@ -32,7 +32,7 @@ def folder(tmp_path_factory, corpus, tokenizer):
         optimizer=Optimizer(learning_rate=3e-3),
         steps=4,
         batch=Batch(size=8, length=64),
-        eval=Eval(prompts=("Fellow citizens",), max_new_tokens=4),
+        eval=Eval(prompts=("Fellow citizens",)),
     )
     loop.train(run)
     return root / "run"

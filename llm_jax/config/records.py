@@ -199,7 +199,7 @@ class Eval:
     patience: int = 0
     """evaluations in a row without a better checkpoint.best after which the run ends; 0 for none"""
     prompts: tuple[str, ...] = ()
-    """texts continued at the end of the run, by 64 tokens"""
+    """texts continued at the end of the run, by up to 64 tokens"""
     task: Any = None
     """the task as it is evaluated, e.g. NextToken(overlap=128); None for the run's own"""
 

@@ -433,7 +433,9 @@ def test_moments_under_freezing_and_averages_of_several_growths():
         average, config = grown(change, config, average), change.config(config)
     for name, x in leaves(new.average).items():
         np.testing.assert_allclose(x, leaves(average)[name], rtol=1e-5, atol=1e-7)
-    assert report.endswith("reset: nothing") and "average" in report
+    assert (
+        report.endswith("reset: inner/1/2/count (1 array)") and "average" in report
+    )  # of the schedule, which begins anew
 
 
 def test_what_cannot_be_carried_starts_afresh():

@@ -275,7 +275,9 @@ def test_labels_are_code():
 def test_it_is_not_exported_as_it_is(tmp_path):
     config = FAMILIES["llama"].replace(qk_norm=False, lora_rank=2)
     for family in (None, "llama"):
-        with pytest.raises(CheckpointError, match=r"fold them in with merge_lora\(\), or write them alone, for PEFT"):
+        with pytest.raises(
+            CheckpointError, match=r"fold them in with merge_lora\(\), or write them alone: export --format=peft"
+        ):
             huggingface.save(Model(config, random_params(config)), tmp_path / "out", family=family)
     assert not list(tmp_path.iterdir())
     assert families.choose_family(merge_lora().config(config), None).name == "llama"
