@@ -28,6 +28,8 @@ LOST = 75
 STOPPED = 143
 """Exit status of a run that was told to stop, 128 + SIGTERM"""
 
+ENDS = "ends: "
+"""State of a process that gives up a lost one, and why"""
 BOARD = "llm_jax/processes/"
 """Where in the store that the processes share each writes how it is"""
 
@@ -220,6 +222,8 @@ class _Watch:
         furthest = max(x["at"] for x, _, _ in self.known.values())
         for process, (x, wrote, went) in self.known.items():
             name = f"process {process} of {self.count} ({x['host']}, pid {x['pid']})"
+            if x["state"].startswith(ENDS):
+                return x["state"].removeprefix(ENDS)
             if x["state"].startswith("failed"):
                 return f"{name} {x['state']}"
             if x["state"] == "done":
@@ -236,11 +240,15 @@ class _Watch:
         return ""
 
     def give_up(self, why: str) -> NoReturn:
-        """End this process with an error that names the lost one."""
+        """End this process with an error that names the lost one; the one that holds the store last, so that all others read why."""
+        self.leave(f"{ENDS}{why}")
         print(
             f"error: {why}. Process {self.me} ends; start the same command again on all hosts to go on from the last checkpoint",
             file=sys.stderr,
+            flush=True,
         )
+        if self.me == 0:
+            time.sleep(3 * self.pause)
         _exit(LOST)
 
     def blame(self) -> None:
