@@ -18,7 +18,7 @@ from llm_jax.errors import UserError
 from llm_jax.models import transformer
 from llm_jax.models.config import ModelConfig
 from llm_jax.models.transformer import Cache
-from llm_jax.platform import target
+from llm_jax.platform import fetch, target
 
 
 @dataclasses.dataclass(frozen=True)
@@ -224,8 +224,8 @@ def stream(
     texts = [""] * len(prompts)
     for i in range(chunks):
         going, more = _decode(config, params, going, sampling, key, chunk, tokenizer.vocab_size, jnp.int32(end))
-        made = np.concatenate([made, np.asarray(more)])[:max_new_tokens]
-        last = i + 1 == chunks or bool(np.all(going.done))
+        made = np.concatenate([made, fetch(more)])[:max_new_tokens]
+        last = i + 1 == chunks or bool(np.all(fetch(going.done)))
         for row in range(len(prompts)):
             if not stopped[row]:
                 ids = made[:, row]

@@ -120,3 +120,12 @@ def gather(value: Any) -> list[Any]:
     sizes = multihost_utils.process_allgather(np.array([len(text)], np.int32)).reshape(-1)
     rows = multihost_utils.process_allgather(np.pad(text, (0, int(sizes.max()) - len(text))))
     return [json.loads(bytes(row[:size])) for row, size in zip(rows, sizes)]
+
+
+def fetch(x: Any) -> np.ndarray:
+    """The whole of an array that lies over the devices of all processes, on each of them; all must call it."""
+    if jax.process_count() == 1 or x.is_fully_replicated:
+        return np.asarray(x)
+    from jax.experimental import multihost_utils
+
+    return np.asarray(multihost_utils.process_allgather(x, tiled=True))

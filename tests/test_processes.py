@@ -45,7 +45,7 @@ def get_config():
         batch=Batch(size=8, length=32),
         mesh=Mesh(data=2, fsdp=2),
         checkpoint=Checkpoint(every=4),
-        eval=Eval(every=0, batches=2),
+        eval=Eval(every=0, batches=2, prompts=("The state",)),
         steps=8,
     )
 """
