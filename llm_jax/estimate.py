@@ -14,7 +14,7 @@ import jax
 
 from llm_jax import flops, losses, tree
 from llm_jax.config import Run
-from llm_jax.models import transformer
+from llm_jax.models import splash, transformer
 from llm_jax.models.config import ModelConfig
 from llm_jax.models.layers import compute_dtype
 from llm_jax.platform import target
@@ -103,10 +103,21 @@ def _length(side: str, config: ModelConfig, batch: dict[str, Any]) -> int:
 
 
 def _scores(sizes: _Sizes, length: int) -> float:
-    """Values of the scores of one layer on a device; none where a kernel keeps them to itself, as cuDNN does on GPU."""
-    if target() == "gpu" and not sizes.config.dropout and sizes.width == 2:
+    """Values of the scores of one layer on a device; none where a kernel keeps them to itself."""
+    if _kernel(sizes, length):
         return 0.0
     return sizes.rows * sizes.config.heads / sizes.tensor * length * sizes.share * length
+
+
+def _kernel(sizes: _Sizes, length: int) -> bool:
+    """Whether attention is a kernel's business: cuDNN's on GPU, splash on TPU."""
+    c = sizes.config
+    if c.dropout or target() not in ("gpu", "tpu"):
+        return False
+    if target() == "gpu":
+        return sizes.width == 2
+    rows = jax.ShapeDtypeStruct((1, length, c.heads, c.head_size), jax.numpy.bfloat16)
+    return c.positions != "relative" and sizes.share == 1 and splash.fits(rows)
 
 
 def _products(sizes: _Sizes) -> float:
@@ -147,17 +158,20 @@ def _loss(sizes: _Sizes, batch: dict[str, Any]) -> float:
     if c.head not in ("lm", "mlm"):
         return 0.0
     asked = batch.get("predict", batch["tokens"]).shape[1] * sizes.rows * sizes.share
-    chunk = min(losses.CHUNK, asked * c.vocab_size)
+    chunk = min(losses.CHUNK * losses.HELD.get(target(), 1), asked * c.vocab_size)
     table = c.vocab_size * c.dim / sizes.tensor
     return (8 + sizes.width) * chunk / sizes.tensor + (4 + sizes.width) * table
 
 
 def _program(sizes: _Sizes, forward: float, lengths: dict[str, int], rows: int) -> float:
-    """Operations on all devices: three times the forward pass with all scores, those of the future too, and what remat computes again."""
+    """Operations on all devices: three times the forward pass, with the scores of the future where no kernel leaves them out, and what remat
+    computes again.
+    """
     c = sizes.config
     width = c.heads * c.head_size
     full = sum(4 * rows * lengths[side] ** 2 * width * depth for side, depth in sizes.stacks)
-    whole = forward + (full / 2 if c.architecture == "decoder" else 0.0)
+    kernel = all(_kernel(sizes, length) for length in lengths.values())
+    whole = forward + (full / 2 if c.architecture == "decoder" and not kernel else 0.0)
     again = 0.0
     if c.remat == "full":  # but for each layer's last product, which no gradient needs
         tokens = sum(rows * lengths[side] * depth for side, depth in sizes.stacks)

@@ -165,12 +165,15 @@ def read(text: str) -> Module:
             if header:
                 inside = computations.setdefault(header[2], {})
                 entry = header[2] if header[1] else entry
-        elif line.startswith("}"):
+        elif re.match(r"\}(,|$)", line):
             inside = None
         else:
             found = _instruction(line)
             if found is not None:
                 inside[found.name] = found
+            elif inside:  # the attributes of a kernel go on over several lines
+                last = next(reversed(inside))
+                inside[last] = inside[last]._replace(rest=inside[last].rest + line)
     return Module(computations, entry)
 
 

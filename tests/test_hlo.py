@@ -222,3 +222,18 @@ def test_memory_of_a_slice_is_the_slice():
 
     found = hlo_cost.cost(compiled(cut, of(1000, 64, 128), of(dtype=jnp.int32)))
     assert 2 * 64 * 128 * 4 <= found.memory <= 6 * 64 * 128 * 4
+
+
+def test_an_instruction_over_several_lines():
+    """Pallas' kernels are printed so; what follows them belongs to the same computation."""
+    module = hlo.read(
+        "ENTRY %main (p: f32[2]) -> f32[2] {\n"
+        "  %p = f32[2]{0} parameter(0)\n"
+        '  %k = f32[2]{0} custom-call(%p), custom_call_target="tpu_custom_call", frontend_attributes={kernel_metadata={\n'
+        '"xprof_metadata":"{}"\n'
+        '}}, metadata={op_name="splash"}\n'
+        "  ROOT %c = f32[2]{0} copy(%k)\n"
+        "}\n"
+    )
+    assert list(module.computations["main"]) == ["p", "k", "c"] and hlo.root(module.computations["main"]).name == "c"
+    assert 'op_name="splash"' in module.computations["main"]["k"].rest

@@ -116,8 +116,10 @@ def test_chunks_fit_the_memory_of_a_device(monkeypatch, mesh):
     assert losses._chunks(64, 4, 1000) == 4, "a row cannot be cut into more pieces than it has tokens"
     with jax.set_mesh(mesh(data=2, fsdp=2, tensor=2)):
         assert losses._chunks(8, 10, 10) == 2
-    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     assert losses._chunks(2, 40, 10) == 2 and losses._unroll(2) == 1
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    assert losses._chunks(2, 40, 10) == 1 and losses._chunks(2, 320, 10) == 2
 
 
 def test_cut_and_join():

@@ -18,8 +18,8 @@ HEAD = 64
 """Heads whose size is a multiple of it fill the lanes of the chip well enough"""
 
 
-def fits(q: Float[Array, "B S H E"]) -> bool:
-    """Whether the kernel takes rows and heads of this size.
+def fits(q: Any) -> bool:
+    """Whether the kernel takes rows and heads of the sizes of queries (B, S, H, E).
 
     >>> fits(jnp.zeros((1, 256, 2, 64))), fits(jnp.zeros((1, 200, 2, 64)))
     (True, False)
