@@ -4,6 +4,7 @@ An experiment that was interrupted goes on where it stopped when its script is s
 """
 
 import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,8 @@ def teacher(name: str = "snippets_minilm") -> dict[str, Any]:
     """The run that others start from, carried out where it is not done yet: what its result.json holds."""
     run = load(name)
     print(f"== {name}, in {run.folder}", flush=True)
-    return train(run)
+    done = run.folder / "result.json"
+    return json.loads(done.read_text(encoding="utf-8")) if done.exists() else train(run)
 
 
 def arm(name: str, run: config.Run, seeds: list[int]) -> dict[str, Any]:

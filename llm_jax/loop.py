@@ -96,9 +96,18 @@ def _differences(there: Any, here: Any, prefix: str = "") -> list[str]:
     return [] if there == here else [f"{prefix} is {json.dumps(there)} there and {json.dumps(here)} here"]
 
 
+def _filled(there: Any, default: Any) -> Any:
+    """A config with the values of keys that it lacks, since it was written before there were such keys."""
+    if not (isinstance(there, dict) and isinstance(default, dict)):
+        return there
+    known = {name: _filled(x, default.get(name)) for name, x in there.items()}
+    return {**json.loads(json.dumps(default)), **known}
+
+
 def _check_continues(parts: Parts, card: cards.Card) -> None:
     """Raise unless the run continues the one with this card."""
-    different = _differences(card["config"], json.loads(json.dumps(to_dict(parts.run))))
+    here = json.loads(json.dumps(to_dict(parts.run)))
+    different = _differences(_filled(card["config"], to_dict(Run(task=parts.run.task))), here)
     if different:
         raise CheckpointError(
             f"{parts.run.folder} holds a run of another config ({different[0]}): "

@@ -595,3 +595,12 @@ def test_times_and_a_trace_of_chosen_steps(tiny, tmp_path):
     assert list((tmp_path / "traced" / "profile").rglob("*.xplane.pb"))
     with pytest.raises(ConfigError, match=r"run.profile is \(3, 2\)"):
         dataclasses.replace(tiny, profile=(3, 2))
+
+
+def test_a_config_that_lacks_a_newer_key_had_its_default():
+    there = json.loads(json.dumps(config.to_dict(Run(task=NextToken()))))
+    del there["data"]["shards"], there["profile"]
+    filled = loop._filled(there, config.to_dict(Run(task=NextToken())))
+    here = json.loads(json.dumps(config.to_dict(Run(task=NextToken(), data=Data(shards=2)))))
+    assert loop._differences(filled, here) == ["data.shards is 1 there and 2 here"]
+    assert not loop._differences(filled, json.loads(json.dumps(config.to_dict(Run(task=NextToken())))))
