@@ -10,6 +10,7 @@ import socket
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -138,6 +139,9 @@ def together() -> Iterator[Together]:
         if own.watch is not None and isinstance(e, jax.errors.JaxRuntimeError):
             own.watch.blame()  # a collective fails at once where a process is gone: which one, the watch knows soon
         _leave(own, f"failed: {(str(e).splitlines() or [type(e).__name__])[0]}")
+        if own.watch is not None and not isinstance(e, UserError):
+            traceback.print_exc()
+            _exit(1)  # at its end the interpreter would wait for the others, which end without a word
         raise
     finally:
         if alone:

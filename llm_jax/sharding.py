@@ -5,6 +5,7 @@ contract or decompose sharded weights and are rejected by the type checker of sh
 `jax.jit` with these shardings is what was once called pjit.
 """
 
+import functools
 from typing import Any
 
 import jax
@@ -154,6 +155,7 @@ def replicated(mesh: jax.sharding.Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
+@functools.cache
 def rows_here(mesh: jax.sharding.Mesh) -> tuple[int, int]:
     """(i, n): this process holds the i-th of n equal parts of the rows of every batch.
 

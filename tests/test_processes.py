@@ -150,10 +150,12 @@ def test_one_that_hangs_is_named(start, tmp_path):
 
 
 @pytest.mark.slow
-def test_one_that_fails_is_named(start, tmp_path):
-    started = start(2, f"--config.workdir={tmp_path / 'run'}", at=3, what="raise DataError('no such file')")
-    assert ends(started, 120) == [processes.LOST, 2]
-    assert "failed: no such file" in said(tmp_path, 0) and "error: no such file" in said(tmp_path, 1)
+@pytest.mark.parametrize(("error", "status"), [("DataError", 2), ("RuntimeError", 1)])
+def test_one_that_fails_is_named(start, tmp_path, error, status):
+    started = start(2, f"--config.workdir={tmp_path / 'run'}", at=3, what=f"raise {error}('no such file')")
+    assert ends(started, 120) == [processes.LOST, status]
+    assert "failed: no such file" in said(tmp_path, 0) and "rror: no such file" in said(tmp_path, 1)
+    assert ("Traceback" in said(tmp_path, 1)) == (status == 1)
 
 
 @pytest.mark.parametrize("count", [1, pytest.param(2, marks=pytest.mark.slow)])

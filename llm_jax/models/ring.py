@@ -34,17 +34,24 @@ def attend(
 
     Rows are split over data and fsdp, places over context, heads over tensor. Segments are runs of equal numbers along a row.
     """
-    names = ("batch", "length", "heads", None)
-    if fitted_spec(mesh, ("batch", "length", "kv", None), k.shape) != fitted_spec(mesh, names, q.shape):
-        # Too few key-value heads to be split as the query heads are: each query head gets its own
-        k, v = (jnp.repeat(x, q.shape[2] // k.shape[2], axis=2) for x in (k, v))
-    whole = fitted_spec(mesh, names, q.shape)
+    whole, k, v = split_alike(q, k, v, "length", mesh)
     rows = PartitionSpec(*whole[:2])
     count = mesh.shape[AXIS]
     each = functools.partial(_ring, causal, scale, count)
     place = jnp.broadcast_to(jnp.arange(q.shape[1], dtype=jnp.int32), segments.shape)
     split = jax.shard_map(each, mesh=mesh, in_specs=(whole, whole, whole, rows, rows), out_specs=whole, check_vma=False)
     return split(q, k, v, segments, place)
+
+
+def split_alike(q: Array, k: Array, v: Array, length: str | None, mesh: Any) -> tuple[PartitionSpec, Array, Array]:
+    """How queries, keys and values are split over the mesh, and keys and values that can be split so.
+
+    Too few key-value heads to be split as the query heads are become as many as these, each query head's own.
+    """
+    whole = fitted_spec(mesh, ("batch", length, "heads", None), q.shape)
+    if fitted_spec(mesh, ("batch", length, "kv", None), k.shape) != whole:
+        k, v = (jnp.repeat(x, q.shape[2] // k.shape[2], axis=2) for x in (k, v))
+    return whole, k, v
 
 
 def _next(x: Any, count: int) -> Any:

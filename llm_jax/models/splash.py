@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from llm_jax.sharding import fitted_spec
+from llm_jax.models.ring import split_alike
 
 BLOCKS = (512, 256, 128)
 """Queries, and keys, taken at once: the largest that divides a row"""
@@ -44,11 +44,7 @@ def attend(
 
     if mesh.empty or mesh.size == 1:
         return each(q, k, v, segments)
-    names = ("batch", None, "heads", None)
-    if fitted_spec(mesh, ("batch", None, "kv", None), k.shape) != fitted_spec(mesh, names, q.shape):
-        # Too few key-value heads to be split as the query heads are: each query head gets its own
-        k, v = (jnp.repeat(x, q.shape[2] // k.shape[2], axis=2) for x in (k, v))
-    whole = fitted_spec(mesh, names, q.shape)
+    whole, k, v = split_alike(q, k, v, None, mesh)
     specs = (whole, whole, whole, PartitionSpec(whole[0]))
     return jax.shard_map(each, mesh=mesh, in_specs=specs, out_specs=whole, check_vma=False)(q, k, v, segments)
 
