@@ -193,10 +193,10 @@ def _collectives(
 
     def add(kind: str, size: float, devices: int, factor: int = 1) -> None:
         if devices > 1:
-            payload[kind] += size  # type: ignore[assignment]
+            payload[kind] += size / (devices if kind == "reduce-scatter" else 1)  # type: ignore[assignment]
             sent[kind] += factor * size * (devices - 1) / devices  # type: ignore[assignment]
 
-    passes = slices * (2 if c.remat == "none" else 3)
+    passes = slices * 2  # forward, and again for the backward pass
     add("all-gather", passes * sizes.width * count, sizes.fsdp)
     add("reduce-scatter", slices * sizes.width * count, sizes.fsdp)
     add("all-reduce", slices * 4 * count / sizes.fsdp, sizes.data, 2)

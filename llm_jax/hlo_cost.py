@@ -6,6 +6,7 @@ XLA's own `cost_analysis` counts the body of a loop once and a kernel as nothing
 import functools
 import math
 import re
+from collections import Counter
 from typing import NamedTuple
 
 import numpy as np
@@ -26,7 +27,7 @@ class Collective(NamedTuple):
 
     kind: str
     payload: float
-    """bytes of the array it is about, on a device: of an all-gather what comes out, of the others what goes in"""
+    """bytes of what comes out on a device: of an all-gather the whole, of a reduce-scatter the part"""
     sent: float
     """bytes that a device sends when its group forms a ring"""
     memory: float
@@ -156,8 +157,8 @@ def _collective(x: Instruction, inside: Computation, devices: int, fused: bool) 
         return Collective(kind, given * count, given * (count - 1), held * (count + 1))
     if kind == "collective-permute":
         return Collective(kind, given, given, 2 * held)
-    share = (count - 1) / count
-    return Collective(kind, given, given * share * (2 if kind == "all-reduce" else 1), 2 * held)
+    share, made = (count - 1) / count, given / count if kind == "reduce-scatter" else given
+    return Collective(kind, made, given * share * (2 if kind == "all-reduce" else 1), 2 * held)
 
 
 def splash_products(name: str) -> int:
@@ -165,6 +166,8 @@ def splash_products(name: str) -> int:
 
     >>> splash_products("splash_mha_fwd_segmented_residuals"), splash_products("splash_mqa_dkv"), splash_products("other")
     (2, 4, 0)
+
+    A kernel of all three gradients bears the name dkv too, and forms one more.
     """
     phase = re.search(r"splash_m[hq]a_(fwd|dkv|dq)", name)
     return {"fwd": 2, "dkv": 4, "dq": 3}[phase[1]] if phase else 0
@@ -184,6 +187,8 @@ def kernel_flops(x: Instruction, inside: Computation, share: float) -> float | N
     read = [t for t in arrays if len(t.shape) >= 3 and t.dtype[0] in "bf"]
     if not products or len(read) < 2:
         return None
+    made = [t for t in x.types if len(t.shape) >= 3 and t.dtype[0] in "bf"]
+    products += products == 4 and len(made) > 2
     return 2 * products * read[0].size * read[1].shape[-2] * share
 
 
@@ -244,7 +249,20 @@ def _memory(module: Module, inside: Computation, x: Instruction) -> float:
     return sum(given) + made
 
 
-def _arithmetic(x: Instruction, inside: Computation, fused: bool, devices: int, share: float) -> Cost:
+def _shared_channels(module: Module) -> set[str]:
+    """Channels that several collectives have: one computation names them twice, as those of a `shard_map`, which numbers all alike."""
+    shared: set[str] = set()
+    for inside in module.computations.values():
+        named = Counter(
+            found[1]
+            for x in inside.values()
+            if x.opcode.removesuffix("-start") in COLLECTIVES and (found := re.search(r"channel_id=(\d+)", x.rest))
+        )
+        shared |= {channel for channel, count in named.items() if count > 1}
+    return shared
+
+
+def _arithmetic(x: Instruction, inside: Computation, fused: bool, devices: int, share: float, shared: set[str]) -> Cost:
     """What an instruction computes or sends by itself, without what it calls."""
     if x.opcode == "dot":
         return Cost(_dot(x, inside))
@@ -256,7 +274,8 @@ def _arithmetic(x: Instruction, inside: Computation, fused: bool, devices: int, 
     if x.opcode.removesuffix("-start") in COLLECTIVES:
         channel = re.search(r"channel_id=(\d+)", x.rest)
         one = _collective(x, inside, devices, fused)
-        return Cost(channels={channel[1] if channel else x.name: (one, 1.0)})
+        own = channel is not None and channel[1] not in shared
+        return Cost(channels={channel[1] if channel and own else x.name: (one, 1.0)})
     return Cost()
 
 
@@ -268,6 +287,7 @@ def cost(text: str, devices: int = 1, attention_share: float = 0.5) -> Cost:
         attention_share: of the pairs of a query and a key that an attention kernel visits.
     """
     module = read(text)
+    shared = _shared_channels(module)
 
     def calls(x: Instruction, inside: Computation, fused: bool) -> Cost:
         """What the computations that an instruction runs cost."""
@@ -292,7 +312,7 @@ def cost(text: str, devices: int = 1, attention_share: float = 0.5) -> Cost:
         inside = module.computations.get(name, {})
         total = Cost()
         for x in inside.values():
-            for found in (_arithmetic(x, inside, fused, devices, attention_share), calls(x, inside, fused)):
+            for found in (_arithmetic(x, inside, fused, devices, attention_share, shared), calls(x, inside, fused)):
                 total = plus(total, found) if found != Cost() else total
             if not fused:
                 total = total._replace(memory=total.memory + _memory(module, inside, x))

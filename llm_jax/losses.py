@@ -10,8 +10,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
+from llm_jax.models import split
 from llm_jax.models.heads import Outputs
 from llm_jax.platform import target
 
@@ -22,6 +24,10 @@ A TPU eight times as many: there each chunk gathers the table over the mesh agai
 """
 HELD = {"cpu": 1 / 4, "tpu": 8}
 """Chunks held at once by platform; 1 on others"""
+
+
+TABLE = ("vocab", "embed")
+"""Logical axes of the kernel"""
 
 
 class Loss(NamedTuple):
@@ -118,7 +124,7 @@ def log_probabilities(outputs: Outputs, targets: Int[Array, "B S"]) -> Float[Arr
 def _chunks(rows: int, length: int, vocab: int) -> int:
     """Pieces into which the tokens of each row are cut; rows stay whole on their devices."""
     mesh = jax.sharding.get_abstract_mesh()
-    over = 1 if mesh.empty else mesh.shape["data"] * mesh.shape["fsdp"]
+    over = math.prod(mesh.shape[name] for name in ("data", "fsdp") if not mesh.empty and name not in mesh.manual_axes)
     held = CHUNK * HELD.get(target(), 1)
     return min(length, math.ceil(rows * length * vocab / over / held))
 
@@ -182,7 +188,31 @@ def _fused(hidden, kernel, bias, targets, weights, smoothing, z_loss, biased):
 
 
 def _fused_forward(hidden, kernel, bias, targets, weights, smoothing, z_loss, biased):
-    """The sums, and the gradient of the first for a cotangent of 1."""
+    """The sums, and the gradient of the first for a cotangent of 1.
+
+    A kernel that is split over the mesh is gathered once for all chunks, and its gradient put together once.
+    """
+    form = functools.partial(_gradients, smoothing=smoothing, z_loss=z_loss, biased=biased)
+    axis = split.split(hidden, kernel, TABLE)
+    if axis is None:
+        sums, d_hidden, d_kernel, d_bias = form(hidden, kernel, bias, targets, weights)
+    else:
+
+        def each(*given):
+            sums, d_hidden, d_kernel, d_bias = form(*given)
+            d_kernel = split.reduce_scatter(d_kernel.astype(hidden.dtype), axis)
+            sums, d_bias = jax.lax.psum((sums, d_bias), split.ROWS)
+            return sums, d_hidden, d_kernel, d_bias
+
+        rows, whole = split.row_spec(hidden), PartitionSpec()
+        given, made = (rows, whole, whole, rows, rows), (whole, rows, PartitionSpec(*(None,) * axis, split.AXIS), whole)
+        gathered = split.whole(kernel.astype(hidden.dtype), TABLE)
+        sums, d_hidden, d_kernel, d_bias = split.on_rows(each, given, made)(hidden, gathered, bias, targets, weights)
+    return sums, (d_hidden, d_kernel.astype(kernel.dtype), d_bias.astype(bias.dtype))
+
+
+def _gradients(hidden, kernel, bias, targets, weights, smoothing, z_loss, biased):
+    """The sums, and the gradient of the first by hidden, kernel and bias, chunk by chunk."""
     vocab = kernel.shape[0]
 
     def chunk(carry, part):
@@ -202,11 +232,11 @@ def _fused_forward(hidden, kernel, bias, targets, weights, smoothing, z_loss, bi
         d_kernel = d_kernel + jnp.einsum("nv,nd->vd", d_logits, hidden, preferred_element_type=jnp.float32)
         return (jax.tree.map(jnp.add, sums, found), d_kernel, d_bias), d_hidden.reshape(part[0].shape)
 
-    count = _chunks(hidden.shape[0], hidden.shape[1], kernel.shape[0])
+    count = _chunks(hidden.shape[0], hidden.shape[1], vocab)
     start = ((jnp.zeros(()),) * 3, jnp.zeros(kernel.shape, jnp.float32), jnp.zeros(bias.shape, jnp.float32))
     parts = (_cut(hidden, count), _cut(targets, count), _cut(weights, count))
     (sums, d_kernel, d_bias), d_hidden = jax.lax.scan(chunk, start, parts, unroll=_unroll(count))
-    return sums, (_join(d_hidden, hidden.shape[1]), d_kernel.astype(kernel.dtype), d_bias.astype(bias.dtype))
+    return sums, _join(d_hidden, hidden.shape[1]), d_kernel, d_bias
 
 
 def _fused_backward(smoothing, z_loss, biased, kept, cotangents):

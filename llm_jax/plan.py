@@ -63,7 +63,7 @@ class Plan:
     traffic: float
     """bytes between the device and its memory"""
     payload: dict[str, float]
-    """bytes of the arrays of each kind of collective"""
+    """bytes that come out of each kind of collective"""
     sent: dict[str, float]
     """bytes that the device sends for them when each group forms a ring"""
     tokens: int

@@ -84,7 +84,7 @@ def make(run: Run, mesh: jax.sharding.Mesh, aux: Any = None) -> Program:
     places = sharding.state_shardings(mesh, abstract, shapes, sharding.params_shardings(mesh, axes, shapes))
     shardings = places._replace(reference=jax.tree.map(lambda x: x.sharding, read))
     update = jax.jit(
-        step.make_step(loss, grad, optimizer),
+        sharding.placed(mesh, step.make_step(loss, grad, optimizer)),
         donate_argnums=0,
         out_shardings=(shardings, None),
         compiler_options=compiler_options(),

@@ -5,11 +5,15 @@ contract or decompose sharded weights and are rejected by the type checker of sh
 `jax.jit` with these shardings is what was once called pjit.
 """
 
+import contextvars
 import functools
+import itertools
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from llm_jax import config, tree
@@ -46,7 +50,14 @@ def make_mesh(sizes: config.Mesh = config.Mesh(), devices: Any = None) -> jax.sh
     """
     devices = jax.devices() if devices is None else devices
     shape = mesh_shape(sizes, len(devices))
-    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+    return jax.sharding.Mesh(_arranged(shape, devices), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def _arranged(shape: tuple[int, ...], devices: Any) -> np.ndarray:
+    """The devices in an array of this shape, neighbours on an axis near each other: an axis that has them all goes through the torus row by row."""
+    if max(shape) == len(devices) and all(hasattr(d, "coords") for d in devices):
+        return np.array(sorted(devices, key=lambda d: (*d.coords, d.core_on_chip))).reshape(shape)
+    return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
 
 
 def mesh_shape(sizes: config.Mesh, devices: int) -> tuple[int, ...]:
@@ -148,6 +159,51 @@ def constrain(x: jax.Array, *names: str | None) -> jax.Array:
     if mesh.empty or mesh.size == 1:
         return x
     return jax.lax.with_sharding_constraint(x, fitted_spec(mesh, names, x.shape))
+
+
+_PLACED: contextvars.ContextVar[jax.sharding.Mesh | None] = contextvars.ContextVar("placed", default=None)
+
+
+def placed(mesh: jax.sharding.Mesh, function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function, which knows the mesh's devices while it is traced: in there jax tells the mesh's sizes alone."""
+
+    @functools.wraps(function)
+    def traced(*args: Any, **kwargs: Any) -> Any:
+        token = _PLACED.set(mesh)
+        try:
+            return function(*args, **kwargs)
+        finally:
+            _PLACED.reset(token)
+
+    return traced
+
+
+def rings(axis: str) -> list[list[list[int]]]:
+    """The places along a mesh axis in groups, each a ring of the torus, for each of its dimensions in turn: what is scattered within the groups
+    of the first, then of the second, and so on, lies along the axis in order.
+
+    One group of all where the devices are no TPU's, do not fill a box, or are not known (`placed`).
+    """
+    mesh, at = _PLACED.get(), AXES.index(axis)
+    size = jax.sharding.get_abstract_mesh().shape[axis] if mesh is None else mesh.devices.shape[at]
+    line: Any = [] if mesh is None else np.moveaxis(mesh.devices, at, 0).reshape(size, -1)[:, 0]
+    if not all(hasattr(d, "coords") for d in line):
+        return [[list(range(size))]]
+    places = np.array([d.coords for d in line]).reshape(-1, 3)
+    sizes = [len(set(column)) for column in places.T]
+    for order in itertools.permutations(i for i, n in enumerate(sizes) if n > 1):
+        block, found = size, []
+        for i in order:
+            block //= sizes[i]
+            if (np.ptp(places[:, i].reshape(-1, block), axis=1) > 0).any():
+                break
+            ring: dict[tuple[int, ...], list[int]] = {}
+            for place, coordinates in enumerate(np.delete(places, i, axis=1)):
+                ring.setdefault(tuple(coordinates), []).append(place)
+            found.append(list(ring.values()))
+        if block == 1 and len(found) == len(order) and found:
+            return found
+    return [[list(range(size))]]
 
 
 def replicated(mesh: jax.sharding.Mesh) -> NamedSharding:

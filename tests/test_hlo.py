@@ -127,7 +127,7 @@ def test_a_tpu_program():
     whole = 128 * 128 * 2
     assert found.summed("payload") == {
         "all-gather": 6 * whole,
-        "reduce-scatter": whole,
+        "reduce-scatter": whole / 4,
     }  # the larger of what is printed
     assert found.summed("sent")["reduce-scatter"] == whole * 3 / 4
     assert found.unknown == ("kernel",)
@@ -167,6 +167,9 @@ def test_kernels():
     assert hlo_cost.kernel_flops(x, inside, 0.5) == 0.5 * 2 * 2 * 8 * 64 * 64 * 32
     x, inside = kernel("custom-call.7", 'metadata={op_name="jit(f)/splash_mha_dkv_segmented"}')
     assert hlo_cost.kernel_flops(x, inside, 1.0) == 4 * 2 * 8 * 64 * 64 * 32
+    shape = "bf16[8,64,32]{2,1,0}"
+    fused = hlo.Instruction("splash_mha_dkv.1", f"(bf16[4,8,64,32]{{3,2,1,0}}, {shape}, {shape})", *x[2:])
+    assert hlo_cost.kernel_flops(fused, inside, 1.0) == 5 * 2 * 8 * 64 * 64 * 32
     x, inside = kernel(
         "mine", 'backend_config={"custom_call_config":{"cost_estimate":{"flops":"123","transcendentals":"0"}}}'
     )
@@ -176,11 +179,28 @@ def test_kernels():
 
 COLLECTIVES = {
     "all-gather": (lambda x: lax.all_gather(x, "d", tiled=True), 8, 7),
-    "reduce-scatter": (lambda x: lax.psum_scatter(x, "d", tiled=True), 1, 7 / 8),
+    "reduce-scatter": (lambda x: lax.psum_scatter(x, "d", tiled=True), 1 / 8, 7 / 8),
     "all-reduce": (lambda x: lax.psum(x, "d"), 1, 2 * 7 / 8),
     "all-to-all": (lambda x: lax.all_to_all(x, "d", 0, 0, tiled=True), 1, 7 / 8),
     "collective-permute": (lambda x: lax.ppermute(x, "d", [(i, (i + 1) % 8) for i in range(8)]), 1, 1),
 }
+
+
+def test_collectives_of_one_number_are_counted_each():
+    """A `shard_map` numbers all its collectives alike."""
+    mesh = jax.make_mesh((8,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
+
+    def twice(x):
+        return lax.ppermute(lax.ppermute(x, "d", [(0, 1)]) * 2, "d", [(1, 2)])
+
+    spec = jax.sharding.PartitionSpec("d")
+    text = (
+        jax.jit(jax.shard_map(twice, mesh=mesh, in_specs=spec, out_specs=spec))
+        .lower(jnp.ones((8, 4)))
+        .compile()
+        .as_text()
+    )
+    assert hlo_cost.cost(text, 8).summed("payload") == {"collective-permute": 2 * 4 * 4}
 
 
 @pytest.mark.parametrize("kind", list(COLLECTIVES))

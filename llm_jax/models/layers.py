@@ -8,7 +8,7 @@ import functools
 import math
 import operator
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import flax.linen as nn
 import jax
@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from llm_jax.models import split
 from llm_jax.models.attention import Mask, attend
 from llm_jax.models.config import ModelConfig
 from llm_jax.platform import target
@@ -99,13 +100,20 @@ def relative_bucket(distance: Int[Array, "..."], buckets: int, furthest: int, bi
     return bucket + jnp.where(distance < exact, distance, far)
 
 
-def contract(x: Array, w: Array, over: int = 1) -> Array:
+def contract(x: Array, w: Array, over: int = 1, axes: tuple[str, ...] | None = None) -> Array:
     """sum over the last `over` axes of x and the first of w: einsum("...i,i...->...", x, w).
 
-    On CPU both are flattened to matrices first: XLA's gradient of w for an activation of rank 3 copies it to another layout one
+    With the logical axes of w, a weight that is split over the mesh is gathered once, and its gradient split as it is (`split`).
+    """
+    place = None if axes is None else split.split(x, w, axes)
+    product = functools.partial(_contract, over)
+    return product(x, w.astype(x.dtype)) if place is None else split.multiply(product, x, w, axes, place)
+
+
+def _contract(over: int, x: Array, w: Array) -> Array:
+    """On CPU both are flattened to matrices first: XLA's gradient of w for an activation of rank 3 copies it to another layout one
     element at a time, which took 15% of a training step (`benchmarks/train_step.py`).
     """
-    w = w.astype(x.dtype)
     if target() != "cpu":
         return jnp.tensordot(x, w, over)
     kept, made = x.shape[: x.ndim - over], w.shape[over:]
@@ -118,27 +126,34 @@ def read(module: nn.Module, name: str, x: Array) -> None:
     module.sow("inputs", name, x, init_fn=lambda: None, reduce_fn=lambda before, now: now)
 
 
-Factors = tuple[Array, Array] | None
-"""A (..., R) and B (R, ...) beside the weight of a product; None where it has none."""
+class Weight(NamedTuple):
+    """The weight of a product, with the logical names of its axes and, where it is adapted, factors A (..., R) and B (R, ...) beside it."""
+
+    value: Array
+    axes: tuple[str, ...]
+    factors: tuple[Array, Array] | None
 
 
-def factors(module: Any, name: str, path: str, shape: tuple[int, ...], axes: tuple[str, ...], over: int = 1) -> Factors:
-    """Beside a weight that takes in its first `over` axes: A normal with variance 1/fan_in, B zero (LoRA; Hu et al. 2021, section 4.1)."""
-    rank = module.config.lora_rank
+def weight(
+    module: Any, name: str, path: str, shape: tuple[int, ...], axes: tuple[str, ...], fan_in: int, over: int = 1
+) -> Weight:
+    """A weight that takes in its first `over` axes; factors beside it begin with A normal, variance 1/fan_in, and B zero (LoRA, section 4.1)."""
+    value, rank = parameter(module, name, shape, axes, fan_in=fan_in), module.config.lora_rank
     if not module.config.adapted(path):
-        return None
-    fan_in = math.prod(shape[:over])
-    a = parameter(module, f"{name}_lora_a", (*shape[:over], rank), (*axes[:over], "rank"), fan_in=fan_in)
-    return a, parameter(module, f"{name}_lora_b", (rank, *shape[over:]), ("rank", *axes[over:]), value=0.0)
+        return Weight(value, axes, None)
+    fan = math.prod(shape[:over])
+    a = parameter(module, f"{name}_lora_a", (*shape[:over], rank), (*axes[:over], "rank"), fan_in=fan)
+    b = parameter(module, f"{name}_lora_b", (rank, *shape[over:]), ("rank", *axes[over:]), value=0.0)
+    return Weight(value, axes, (a, b))
 
 
-def multiply(module: Any, name: str, x: Array, w: Array, beside: Factors, over: int = 1) -> Array:
+def multiply(module: Any, name: str, x: Array, w: Weight, over: int = 1) -> Array:
     """x W, or x W + s (x A) B with s = `config.lora_scale` where there are factors beside W (LoRA, eq. 3)."""
     read(module, name, x)
-    y = contract(x, w, over)
-    if beside is None:
+    y = contract(x, w.value, over, w.axes)
+    if w.factors is None:
         return y
-    a, b = beside
+    a, b = w.factors
     return y + module.config.lora_scale * contract(contract(x, a, over), b)
 
 
@@ -214,12 +229,11 @@ class Attention(nn.Module):
         c = self.config
 
         place = "cross" if self.cross else "attention"
-        beside: dict[str, Factors] = {}
+        weights: dict[str, Weight] = {}
 
-        def weight(name: str, heads: int, axis: str, fan: int = c.dim) -> None:
+        def into(name: str, heads: int, axis: str, fan: int = c.dim) -> None:
             shape, axes = (c.dim, heads, c.head_size), ("embed", axis, "head_size")
-            setattr(self, name, parameter(self, name, shape, axes, fan_in=fan))
-            beside[name] = factors(self, name, f"{place}/{name}", shape, axes)
+            weights[name] = weight(self, name, f"{place}/{name}", shape, axes, fan)
             if c.bias != "none":
                 setattr(
                     self,
@@ -228,13 +242,14 @@ class Attention(nn.Module):
                 )
 
         # Where the scores are not divided by sqrt(E), the first queries are, as in T5.
-        weight("query", c.heads, "heads", c.dim if c.attention_scale else c.dim * c.head_size)
-        weight("key", c.kv_size, "kv")
-        weight("value", c.kv_size, "kv")
+        into("query", c.heads, "heads", c.dim if c.attention_scale else c.dim * c.head_size)
+        into("key", c.kv_size, "kv")
+        into("value", c.kv_size, "kv")
         shape, axes = (c.heads, c.head_size, c.dim), ("heads", "head_size", "embed")
-        self.out = parameter(self, "out", shape, axes, fan_in=residual_fan(c, c.heads * c.head_size))
-        beside["out"] = factors(self, "out", f"{place}/out", shape, axes, over=2)
-        self.beside = beside
+        weights["out"] = weight(
+            self, "out", f"{place}/out", shape, axes, residual_fan(c, c.heads * c.head_size), over=2
+        )
+        self.weights = weights
         if c.bias == "all":
             self.out_bias = parameter(self, "out_bias", (c.dim,), ("hidden",), value=0.0)
         if c.qk_norm:
@@ -243,7 +258,7 @@ class Attention(nn.Module):
 
     def project(self, name: str, x: Float[Array, "B S D"]) -> Float[Array, "B S N E"]:
         """x W + b, with heads as an axis of their own."""
-        y = multiply(self, name, x, getattr(self, name), self.beside[name])
+        y = multiply(self, name, x, self.weights[name])
         return y if self.config.bias == "none" else y + getattr(self, f"{name}_bias").astype(x.dtype)
 
     def keys_and_values(self, source: Float[Array, "B T D"], positions: Int[Array, "B T"] | None = None) -> Memory:
@@ -293,7 +308,7 @@ class Attention(nn.Module):
             key=key,
             want_weights=want_weights,
         )
-        y = multiply(self, "out", y, self.out, self.beside["out"], over=2)
+        y = multiply(self, "out", y, self.weights["out"], over=2)
         return y + self.out_bias.astype(y.dtype) if c.bias == "all" else y, (k, v), weights
 
 
@@ -308,8 +323,7 @@ class MLP(nn.Module):
         biased = c.bias == "all"
 
         def product(name: str, y: Array, shape: tuple[int, int], axes: tuple[str, str], fan: int) -> Array:
-            w, beside = parameter(self, name, shape, axes, fan_in=fan), factors(self, name, f"mlp/{name}", shape, axes)
-            y = multiply(self, name, y, w, beside)
+            y = multiply(self, name, y, weight(self, name, f"mlp/{name}", shape, axes, fan))
             axis = "hidden" if axes[1] == "embed" else axes[1]
             return y + parameter(self, f"{name}_bias", shape[1:], (axis,), value=0.0).astype(y.dtype) if biased else y
 

@@ -14,6 +14,8 @@ from llm_jax.models.ring import split_alike
 
 BLOCKS = (512, 256, 128)
 """Queries, and keys, taken at once: the largest that divides a row"""
+PARTS = 8
+"""Parts of the gradient of the queries, each as large as they are, that may be kept for the sake of fewer operations"""
 HEAD = 64
 """Heads whose size is a multiple of it fill the lanes of the chip well enough"""
 
@@ -58,11 +60,13 @@ def _on_one(q: Array, k: Array, v: Array, segments: Array, causal: bool, interpr
     length, heads = q.shape[1:3]
     block = next(size for size in BLOCKS if length % size == 0)
     one = (masks.CausalMask if causal else masks.FullMask)((length, length))
-    names = ("q", "kv", "kv_compute", "q_dkv", "kv_dkv", "kv_dkv_compute", "q_dq", "kv_dq")
+    # One kernel for all three gradients forms the scores once, not twice, and keeps a part of that of q for each block of keys.
+    fused = length <= PARTS * block
+    names = ("q", "kv", "kv_compute", "q_dkv", "kv_dkv", "kv_dkv_compute", *(() if fused else ("q_dq", "kv_dq")))
     sizes: dict[str, Any] = {f"block_{name}": block for name in names}
     kernel = kernels.make_splash_mha(
         masks.MultiHeadMask([one] * heads),
-        block_sizes=kernels.BlockSizes(**sizes),
+        block_sizes=kernels.BlockSizes(**sizes, use_fused_bwd_kernel=fused),
         head_shards=1,
         q_seq_shards=1,
         interpret=interpret,
