@@ -18,6 +18,7 @@ from jaxtyping import Array, Float, Int
 
 from llm_jax.models.attention import Mask, attend
 from llm_jax.models.config import ModelConfig
+from llm_jax.models.remat import named
 from llm_jax.platform import target
 from llm_jax.sharding import constrain
 
@@ -135,7 +136,7 @@ def factors(module: Any, name: str, path: str, shape: tuple[int, ...], axes: tup
 def multiply(module: Any, name: str, x: Array, w: Array, beside: Factors, over: int = 1) -> Array:
     """x W, or x W + s (x A) B with s = `config.lora_scale` where there are factors beside W (LoRA, eq. 3)."""
     read(module, name, x)
-    y = contract(x, w, over)
+    y = named(contract(x, w, over), name)
     if beside is None:
         return y
     a, b = beside
