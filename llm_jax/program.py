@@ -82,6 +82,8 @@ def make(run: Run, mesh: jax.sharding.Mesh, aux: Any = None) -> Program:
     abstract = jax.eval_shape(init, jax.eval_shape(jax.random.key, 0), started, aux)
     read = {name: models.abstract_params(config, mesh) for name, config in _read(change).items()}
     places = sharding.state_shardings(mesh, abstract, shapes, sharding.params_shardings(mesh, axes, shapes))
+    if change.offload:
+        places = places._replace(opt_state=sharding.on_host(places.opt_state, abstract.opt_state))
     shardings = places._replace(reference=jax.tree.map(lambda x: x.sharding, read))
     update = jax.jit(
         step.make_step(loss, grad, optimizer),

@@ -121,6 +121,11 @@ def state_shardings(mesh: jax.sharding.Mesh, state: Any, shapes: Any, params: An
     return tree.map_with_name(one, state)
 
 
+def on_host(shardings: Any, arrays: Any) -> Any:
+    """The same places in the memory of each device's host, for all but numbers."""
+    return jax.tree.map(lambda s, x: s.with_memory_kind("pinned_host") if x.ndim else s, shardings, arrays)
+
+
 def check_batch(mesh: jax.sharding.Mesh, rows: int, length: int) -> None:
     """Raise unless rows and length split evenly over the mesh.
 
