@@ -4,6 +4,7 @@ No data is opened here, no weights are read and no device is touched: what a mod
 """
 
 import dataclasses
+import functools
 import re
 from collections.abc import Callable
 from typing import Any
@@ -200,6 +201,7 @@ def abstract_batch(run: Run, mesh: Any) -> dict[str, Any]:
     return {n: jax.ShapeDtypeStruct(s, d, sharding=sharding.batch_sharding(mesh, s)) for n, (s, d) in made.items()}
 
 
+@functools.cache
 def _tokenizer() -> Tokenizer:
     """One that has what a task may ask for; its vocabulary does not matter."""
     return load_tokenizer("wordpiece:64", ["a b c"])

@@ -6,6 +6,7 @@ are scanned on accelerators, where it keeps the program small, and unrolled on C
 
 import contextlib
 import contextvars
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, cast
 
@@ -167,6 +168,11 @@ def init(config: ModelConfig, key: Array) -> Params:
 
 def shapes(config: ModelConfig) -> Params:
     """The shape and dtype of each weight, without making one."""
+    return jax.tree.map(lambda x: x, _shapes(config.replace(remat="none")))  # a tree that may be written to
+
+
+@functools.lru_cache(64)
+def _shapes(config: ModelConfig) -> Params:
     return jax.eval_shape(lambda: init(config, jax.random.key(0)))
 
 
