@@ -46,7 +46,7 @@ def make_mesh(sizes: config.Mesh = config.Mesh(), devices: Any = None) -> jax.sh
         ConfigError: the sizes do not multiply to the number of devices, or TPU slices do not divide the axis data.
     """
     devices = jax.devices() if devices is None else devices
-    slices = len({x.slice_index for x in devices}) if devices[0].platform == "tpu" else 1
+    slices = len({getattr(x, "slice_index", 0) for x in devices}) if devices[0].platform == "tpu" else 1
     shape, kinds = mesh_shape(sizes, len(devices), slices), (AxisType.Auto,) * len(AXES)
     if slices == 1:
         return jax.make_mesh(shape, AXES, axis_types=kinds, devices=devices)
