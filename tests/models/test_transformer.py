@@ -1,6 +1,7 @@
 """Every family at tiny size: its tree, its forms (unrolled, scanned, rematerialised), what it gives on request."""
 
 import functools
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -357,3 +358,9 @@ def test_half_precision(tiny, forward):
     assert (
         1e-4 < error.max() < 0.3 * np.abs(expected.logits).max() and error.mean() < 0.02 * np.abs(expected.logits).max()
     )
+
+
+def test_every_policy_is_documented():
+    """A row of the table in docs/scale.md for each."""
+    page = (Path(__file__).parents[2] / "docs" / "scale.md").read_text(encoding="utf-8")
+    assert [name for name in remat.REMAT if f"\n| `{name}` | " not in page] == []
