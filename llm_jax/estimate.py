@@ -184,14 +184,14 @@ def _cast(sizes: _Sizes, params: Any) -> float:
 
 
 def _loss(sizes: _Sizes, batch: dict[str, Any]) -> float:
-    """Bytes of the loss over the vocabulary: a chunk of logits and its gradient, the unembedding and the gradient of it, both whole."""
+    """Bytes of the loss over the vocabulary: a chunk of logits in float32 and its gradient, the unembedding and the gradient of it, both whole."""
     c = sizes.config
     if c.head not in ("lm", "mlm"):
         return 0.0
     asked = batch.get("predict", batch["tokens"]).shape[1] * sizes.rows * sizes.share
     chunk = min(losses.CHUNK * losses.HELD.get(target(), 1), asked * c.vocab_size)
     table = c.vocab_size * c.dim / sizes.tensor
-    return (8 + sizes.width) * chunk / sizes.tensor + (4 + sizes.width) * table
+    return (4 + sizes.width) * chunk / sizes.tensor + (4 + sizes.width) * table
 
 
 def _program(sizes: _Sizes, forward: float, lengths: dict[str, int], rows: int) -> float:
@@ -242,7 +242,10 @@ def _collectives(
     passes = turns * (2 if c.remat == "none" else 3)
     add("all-gather", passes * sizes.width * count, sizes.fsdp)
     add("reduce-scatter", turns * sizes.width * count, sizes.fsdp)
-    within, gradient = sizes.data // slices, turns * sizes.width * count / sizes.fsdp
+    table = c.vocab_size * c.dim / sizes.tensor if c.head in ("lm", "mlm") else 0.0
+    products = count - (1 if c.tie_embeddings else 2) * table
+    # Of the table in float32, once for what is looked up and once for what is predicted
+    within, gradient = sizes.data // slices, turns * (sizes.width * products + 2 * 4 * table) / sizes.fsdp
     add("all-reduce", gradient, within, 2)
     network = {"all-reduce": 2 * gradient / within * (slices - 1) / slices} if slices > 1 else {}
     sums = turns * (4 if c.remat == "none" else 6)
