@@ -1,51 +1,87 @@
 """Claims: what a plan tells of memory is the compiler's, its formulas come near, and the 7B step needs no more than MaxText's.
 
-    python -m benchmarks.plans [CASE ...]
+    python -m benchmarks.plans CASE ...    compile these cases
+    python -m benchmarks.plans             compile those that are not on file
+    python -m benchmarks.plans --table     write docs/plans.md alone
 
-Compiles the configs for their topologies with libtpu, two to five minutes each on two cores; cases that are not named keep what is on file. The
-peer is MaxText 0.2.5 compiled the same way: Llama 2 7B, rows of 4,096, one a device, float32 weights and Adam, bfloat16, full remat.
+Compiles the configs for their topologies with libtpu, one to ten minutes each on one core; each is kept on file as soon as it is done, and the
+table in docs/plans.md is written from the file. The peer is MaxText 0.2.5 compiled the same way: Llama 2 7B, rows of 4,096, one a device,
+float32 weights and Adam, bfloat16, full remat.
 """
 
+import dataclasses
 import json
 import sys
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 from benchmarks.common import RESULTS, claim, write
 from llm_jax import config, plan
 from llm_jax.chips import read_topology
+from llm_jax.transforms import offload_moments
 
-CASES: dict[str, tuple[str, tuple[str, ...], tuple[float, float, float] | None]] = {
-    "7b-v5e-16": ("v5e:4x4", ("--config=configs/llama2_7b.py", "--config.batch.size=16"), (9.69, 1.29, 41.3)),
-    "7b-v5e-256": ("v5e:16x16", ("--config=configs/llama2_7b.py", "--config.batch.size=256"), (2.91, 1.29, 39.5)),
-    "7b-v5p-64": ("v5p:4x4x4", ("--config=configs/llama2_7b.py", "--config.batch.size=64"), (4.19, 1.29, 39.5)),
+TABLE = Path(__file__).parents[1] / "docs" / "plans.md"
+
+
+class Case(NamedTuple):
+    """A config on a topology."""
+
+    topology: str
+    config: str
+    changes: tuple[str, ...] = ()
+    """keys of the config and their values"""
+    peer: tuple[float, float, float] | None = None
+    """its peak in GB, operations over the model's, and collectives in GB a step and device"""
+    moments: bool = False
+    """whether the moments are offloaded"""
+
+
+def _rows(count: int, *more: str) -> tuple[str, ...]:
+    return (f"batch.size={count}", "batch.accumulate=1", *more)
+
+
+CASES: dict[str, Case] = {
+    "1b-v5e-4": Case("v5e:2x2", "llama32_1b", _rows(4)),
+    "1b-v5e-16": Case("v5e:4x4", "llama32_1b", _rows(16)),
+    "1b-v5e-64": Case("v5e:8x8", "llama32_1b", _rows(64)),
+    "1b-v5e-256": Case("v5e:16x16", "llama32_1b", _rows(256)),
+    "1b-v5e-2x16": Case("2xv5e:4x4", "llama32_1b", _rows(32, "mesh.data=2")),
+    "1b-v5e-4-moments": Case("v5e:2x2", "llama32_1b", _rows(4), moments=True),
+    "7b-v5e-16": Case("v5e:4x4", "llama2_7b", _rows(16), (9.69, 1.29, 41.3)),
+    "7b-v5e-16-offload": Case("v5e:4x4", "llama2_7b", _rows(16, "model.remat=offload")),
+    "7b-v5e-256": Case("v5e:16x16", "llama2_7b", _rows(256), (2.91, 1.29, 39.5)),
+    "7b-v5p-64": Case("v5p:4x4x4", "llama2_7b", _rows(64), (4.19, 1.29, 39.5)),
+    "70b-v5p-256": Case("v5p:4x8x8", "llama3_70b", _rows(256)),
+    "7b-long-v5p-256": Case("v5p:4x8x8", "llama2_7b_long"),
 }
-"""Topology, config, and the peer's peak in GB, operations over the model's, and collectives in GB a step and device"""
+"""By name: model, chip, number of chips. The first four are one model on a growing axis fsdp, one row a device."""
+
+AXIS = ("1b-v5e-4", "1b-v5e-16", "1b-v5e-64", "1b-v5e-256")
 
 
 def measure(name: str) -> list[dict[str, Any]]:
     """The claims of a case."""
-    where, words, peer = CASES[name]
-    topology, run = read_topology(where), config.parse(words)
+    case = CASES[name]
+    words = (f"--config=configs/{case.config}.py", *(f"--config.{change}" for change in case.changes))
+    topology, run = read_topology(case.topology), config.parse(words)
+    if case.moments:
+        run = dataclasses.replace(run, transforms=(*run.transforms, offload_moments()))
     estimated = plan.make(run, topology, compiled=False)
     made = plan.make(run, topology)
     memory = made.memory
     off = [note for note in made.notes if "by part" in note]
-    ratio = estimated.memory.peak / memory.peak
+    ratio, operations = estimated.memory.peak / memory.peak, estimated.flops / made.flops
     claims = [
         claim(f"{name}: parts of the arguments that are not the compiler's bytes", len(off), 0, not off),
         claim(f"{name}: peak by formulas over the compiler's", ratio, 1, 0.85 <= ratio <= 1.15),
-        claim(
-            f"{name}: operations by formulas over those of the program",
-            estimated.flops / made.flops,
-            1,
-            abs(estimated.flops / made.flops - 1) < 0.05,
-        ),
+        claim(f"{name}: operations by formulas over those of the program", operations, 1, abs(operations - 1) < 0.05),
+        claim(f"{name}: peak over the chip's memory", memory.peak / memory.limit, 1, memory.fits),
     ]
-    if peer:
+    if case.peer:
         figures = (memory.peak / 1e9, made.flops / made.model_flops, sum(made.payload.values()) / 1e9)
         told = ("peak of a device, GB", "operations over the model's", "collectives of a step and device, GB")
         claims += [
-            claim(f"{name}: {what}", value, most, value <= most) for what, value, most in zip(told, figures, peer)
+            claim(f"{name}: {what}", value, most, value <= most) for what, value, most in zip(told, figures, case.peer)
         ]
     for one in claims:
         one["case"] = name
@@ -53,14 +89,66 @@ def measure(name: str) -> list[dict[str, Any]]:
     return claims
 
 
+def along_the_axis(claims: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """State of a device times the devices of the axis fsdp, over that of the first case of `AXIS`: 1 where it falls in proportion."""
+    plans = {one["case"]: one["plan"] for one in claims if "plan" in one}
+    states = {
+        name: (plans[name]["memory"]["parameters"] + plans[name]["memory"]["optimizer"]) * plans[name]["mesh"]["fsdp"]
+        for name in AXIS
+        if name in plans
+    }
+    if AXIS[0] not in states:
+        return []
+    ratios = {name: state / states[AXIS[0]] for name, state in states.items() if name != AXIS[0]}
+    told = "weights and moments of a device times the chips, over that of 4 chips"
+    return [claim(f"{n}: {told}", x, 1, abs(x - 1) < 0.05, case="axis") for n, x in ratios.items()]
+
+
+def table(claims: list[dict[str, Any]]) -> str:
+    """The plans on file as a page of documentation."""
+    columns = (
+        *("case", "topology", "mesh", "rows", "remat", "weights", "moments", "peak", "host", "estimate", "operations"),
+        *("collectives", "to other slices", "seconds", "bound by"),
+    )
+    lines = [
+        "# Plans on file",
+        "",
+        "One step of each config, compiled ahead of time for TPUs; written by `python -m benchmarks.plans` from `benchmarks/results/plans.json`.",
+        "GB of a device; estimate: the peak by formulas over the compiler's; operations: of the program over the model's; seconds: the roofline's.",
+        "",
+        "| " + " | ".join(columns) + " |",
+        "|" + "---|" * len(columns),
+    ]
+    ratios = {one["case"]: one["value"] for one in claims if "peak by formulas" in one["name"]}
+    plans = {one["case"]: one["plan"] for one in claims if "plan" in one}
+    for name in (name for name in CASES if name in plans):
+        found = plans[name]
+        mesh = " ".join(f"{axis}={n}" for axis, n in found["mesh"].items() if n > 1)
+        memory, roofline = found["memory"], found["roofline"]
+        sizes = (memory["parameters"], memory["optimizer"], memory["peak"], memory.get("host", 0.0))
+        sent = sum(x["payload"] for x in found["collectives"].values()), sum(found.get("network", {}).values())
+        cells = (
+            *(name, found["topology"], mesh, found["batch"]["size"], found["remat"]),
+            *(f"{size / 1e9:.2f}" for size in sizes),
+            *(f"{ratios[name]:.2f}", f"{found['flops']['ratio']:.3f}"),
+            *(f"{size / 1e9:.2f}" for size in sent),
+            *(f"{roofline['seconds']:.2f}", roofline["bound"]),
+        )
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return "\n".join(lines) + "\n"
+
+
 def main() -> None:
     plan.prepare()
-    names = sys.argv[1:] or list(CASES)
     path = RESULTS / "plans.json"
-    before = json.loads(path.read_text())["claims"] if path.exists() else []
-    for name in names:
-        before = [one for one in before if one["case"] != name] + measure(name)
-        write("plans", before)
+    claims = json.loads(path.read_text())["claims"] if path.exists() else []
+    known = {one["case"] for one in claims}
+    names = sys.argv[1:] or [name for name in CASES if name not in known]
+    for name in () if names == ["--table"] else names:
+        kept = [one for one in claims if one["case"] not in (name, "axis")] + measure(name)
+        claims = kept + along_the_axis(kept)
+        write("plans", claims)
+    TABLE.write_text(table(claims), encoding="utf-8")
 
 
 if __name__ == "__main__":

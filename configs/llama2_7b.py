@@ -2,8 +2,9 @@
 
     python train.py --config=configs/llama2_7b.py --config.data.sources 'jsonl:corpus/*.jsonl' --config.mesh.fsdp=256
 
-Expected: the sizes and the schedule of the paper (2T tokens in 500,000 updates). Not run here; the tests build it and take two steps
-of a shrunk copy.
+Topologies, for `python -m llm_jax plan --config=configs/llama2_7b.py`: `--topology=v5e:16x16` (v5e-256) with `--config.batch.accumulate=4`, and
+`--topology=v5p:4x4x4` (v5p-128, 64 chips) with `--config.batch.accumulate=8`. Expected: the sizes and the schedule of the paper (2T tokens in
+500,000 updates). Not run here; the tests build it and take two steps of a shrunk copy, `benchmarks/plans.py` compiles it.
 """
 
 from llm_jax.config import Batch, Checkpoint, Data, Eval, Mesh, Optimizer, Run, Schedule

@@ -15,6 +15,7 @@ from jaxtyping import Array
 from llm_jax import config as configs
 from llm_jax import tree
 from llm_jax.models.config import ModelConfig
+from llm_jax.platform import on_device
 
 Card = dict[str, Any]
 
@@ -110,7 +111,7 @@ def _leaf_hashes(leaves: list[Array]) -> list[Array]:
 def content_hash(params: Any) -> str:
     """A fingerprint of the names, shapes, dtypes and bits of a tree, independent of how it is laid out over devices."""
     leaves = jax.tree_util.tree_leaves_with_path(params)
-    sums = jax.device_get(_leaf_hashes([x for _, x in leaves]))
+    sums = jax.device_get(_leaf_hashes([on_device(x) for _, x in leaves]))
     digest = hashlib.sha256()
     for (path, x), pair in zip(leaves, sums):
         digest.update(f"{tree.path_name(path)} {x.dtype} {x.shape} {pair[0]:08x} {pair[1]:08x}\n".encode())

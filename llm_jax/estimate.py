@@ -14,7 +14,7 @@ import jax
 
 from llm_jax import flops, losses, tree
 from llm_jax.config import Run
-from llm_jax.models import splash, transformer
+from llm_jax.models import remat, splash, transformer
 from llm_jax.models.config import ModelConfig
 from llm_jax.models.layers import compute_dtype
 from llm_jax.platform import target
@@ -35,6 +35,8 @@ class Estimate:
     traffic: float
     payload: dict[str, float]
     sent: dict[str, float]
+    network: dict[str, float]
+    host: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,37 +60,44 @@ class _Sizes:
         return [(side, depth) for side, depth in (("encoder", c.encoder_depth), ("decoder", c.decoder_depth)) if depth]
 
 
-def step(run: Run, config: ModelConfig, mesh: dict[str, int], state: Any, batch: dict[str, Any]) -> Estimate:
+def step(
+    run: Run, config: ModelConfig, mesh: dict[str, int], state: Any, batch: dict[str, Any], slices: int = 1
+) -> Estimate:
     """The estimate of one update.
 
     Args:
         config: the sizes after the transforms.
         mesh: the size of each axis.
         state, batch: shapes and places of what the step is called with.
+        slices: over which the axis data goes first.
     """
     chips = math.prod(mesh.values())
     rows = run.batch.size / run.batch.accumulate / mesh["data"] / mesh["fsdp"]
     width = jax.numpy.dtype(compute_dtype(config)).itemsize
     sizes = _Sizes(config, rows, 1 / mesh["context"], mesh["tensor"], mesh["fsdp"], mesh["data"], width)
     lengths = {side: _length(side, config, batch) for side, _ in sizes.stacks}
-    held = {name: shard_bytes(getattr(state, name)) for name in state._fields}
+    held = {name: shard_bytes(getattr(state, name), "device") for name in state._fields}
+    away = shard_bytes(state, "pinned_host")
     parameters, optimizer = held.pop("params"), held.pop("opt_state")
-    layers = sum(_saved(sizes, lengths[side]) * depth for side, depth in sizes.stacks)
+    layers, waiting = (
+        sum(_saved(sizes, lengths[side], where) * depth for side, depth in sizes.stacks) for where in ("device", "host")
+    )
     backward = parameters + _cast(sizes, state.params) + max(_working(sizes, lengths[side]) for side, _ in sizes.stacks)
     rest = layers + max(backward, _loss(sizes, batch))
     forward = flops.forward_flops(config, {name: x.shape for name, x in batch.items()})
     program = _program(sizes, forward, lengths, run.batch.size) / chips
-    payload, sent = _collectives(sizes, state.params, lengths, run.batch.accumulate)
+    payload, sent, network = _collectives(sizes, state.params, lengths, run.batch.accumulate, slices)
     traffic = _traffic(sizes, state.params, parameters + optimizer, lengths, run.batch.accumulate)
-    return Estimate(
-        parameters, optimizer, sum(held.values()) + shard_bytes(batch), rest, program, traffic, payload, sent
-    )
+    other = sum(held.values()) + shard_bytes(batch)
+    return Estimate(parameters, optimizer, other, rest, program, traffic, payload, sent, network, away + waiting)
 
 
-def shard_bytes(arrays: Any) -> float:
-    """Bytes of one device's shards, without the padding to tiles."""
+def shard_bytes(arrays: Any, memory: str = "") -> float:
+    """Bytes of one device's shards, without the padding to tiles; of those in one memory where it is named: device or pinned_host."""
     total = 0.0
     for x in jax.tree.leaves(arrays):
+        if memory and (x.sharding.memory_kind or "device") != memory:
+            continue
         key = jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key)
         data = jax.eval_shape(jax.random.key_data, jax.ShapeDtypeStruct(x.shape, x.dtype)) if key else None
         each = 1 if data is None else math.prod(data.shape[x.ndim :])
@@ -127,13 +136,35 @@ def _products(sizes: _Sizes) -> float:
     return 2 * c.dim + ((c.heads + 2 * c.kv_size) * c.head_size + inner * c.mlp_size) / sizes.tensor
 
 
-def _saved(sizes: _Sizes, length: int) -> float:
-    """Bytes that a layer keeps for its backward pass."""
+def _values(sizes: _Sizes, length: int) -> dict[str, float]:
+    """Values a token of what a policy of `models/remat.py` may keep of a layer, by its name there."""
+    c = sizes.config
+    heads, kv, wide = (n / sizes.tensor for n in (c.heads * c.head_size, c.kv_size * c.head_size, c.mlp_size))
+    found = {remat.INPUT: c.dim, "query": heads, "key": kv, "value": kv, "out": c.dim, "up": wide}
+    if c.mlp.startswith("gated_"):
+        found["gate"] = wide
+    if c.norm_place == "post":  # else no gradient needs it
+        found["down"] = c.dim
+    if _once(sizes, length):
+        found[remat.ATTENTION] = heads * (4 / sizes.width if sizes.share < 1 else 1)  # the ring's in float32
+    return found
+
+
+def _once(sizes: _Sizes, length: int) -> bool:
+    """Whether what attention gives has a name, so that a policy may keep it: as splash and the ring form it."""
+    return sizes.share < 1 or (target() == "tpu" and _kernel(sizes, length))
+
+
+def _saved(sizes: _Sizes, length: int, where: str = "device") -> float:
+    """Bytes that a layer keeps for its backward pass in the memory of the device or of the host."""
     c, tokens = sizes.config, sizes.rows * length * sizes.share
-    if c.remat == "full":
-        return sizes.width * tokens * c.dim
-    if c.remat == "dots":
-        return sizes.width * tokens * (c.dim + _products(sizes))
+    if c.remat != "none":
+        policy, values = remat.POLICIES[c.remat], _values(sizes, length)
+        on_host = set(policy.offloaded)
+        names = on_host if where == "host" else {remat.INPUT, *policy.kept} - on_host
+        return sizes.width * tokens * sum(n for name, n in values.items() if name in names)
+    if where == "host":
+        return 0.0
     elementwise = 4 * c.dim + (c.heads * c.head_size + c.mlp_size) / sizes.tensor
     return sizes.width * tokens * (_products(sizes) + elementwise) + (4 + sizes.width) * _scores(sizes, length)
 
@@ -153,14 +184,14 @@ def _cast(sizes: _Sizes, params: Any) -> float:
 
 
 def _loss(sizes: _Sizes, batch: dict[str, Any]) -> float:
-    """Bytes of the loss over the vocabulary: a chunk of logits and its gradient, the unembedding and the gradient of it, both whole."""
+    """Bytes of the loss over the vocabulary: a chunk of logits in float32 and its gradient, the unembedding and the gradient of it, both whole."""
     c = sizes.config
     if c.head not in ("lm", "mlm"):
         return 0.0
     asked = batch.get("predict", batch["tokens"]).shape[1] * sizes.rows * sizes.share
     chunk = min(losses.CHUNK * losses.HELD.get(target(), 1), asked * c.vocab_size)
     table = c.vocab_size * c.dim / sizes.tensor
-    return (8 + sizes.width) * chunk / sizes.tensor + (4 + sizes.width) * table
+    return (4 + sizes.width) * chunk / sizes.tensor + (4 + sizes.width) * table
 
 
 def _program(sizes: _Sizes, forward: float, lengths: dict[str, int], rows: int) -> float:
@@ -173,19 +204,31 @@ def _program(sizes: _Sizes, forward: float, lengths: dict[str, int], rows: int) 
     kernel = all(_kernel(sizes, length) for length in lengths.values())
     whole = forward + (full / 2 if c.architecture == "decoder" and not kernel else 0.0)
     again = 0.0
-    if c.remat == "full":  # but for each layer's last product, which no gradient needs
+    if c.remat != "none":  # but for each layer's last product, which no gradient needs, and what is kept
         tokens = sum(rows * lengths[side] * depth for side, depth in sizes.stacks)
         head = 2 * rows * lengths[sizes.stacks[-1][0]] * c.vocab_size * c.dim if c.head in ("lm", "mlm") else 0.0
         again = whole - head - 2 * tokens * c.mlp_size * c.dim
-    elif c.remat == "dots":
-        again = full
+        policy = remat.POLICIES[c.remat]
+        found = {*policy.kept, *policy.offloaded} & _values(sizes, max(lengths.values())).keys() - {remat.INPUT, "down"}
+        if remat.ATTENTION in found:
+            found.remove(remat.ATTENTION)
+            again -= full / 2 if c.architecture == "decoder" and kernel else full
+        products = {"query": width, "out": width, "key": c.kv_size * c.head_size, "value": c.kv_size * c.head_size}
+        again -= 2 * tokens * c.dim * sum(products.get(name, c.mlp_size) for name in found)
     return 3 * whole + again
 
 
 def _collectives(
-    sizes: _Sizes, params: Any, lengths: dict[str, int], slices: int
-) -> tuple[dict[str, float], dict[str, float]]:
-    """Weights gathered for each pass, gradients summed, activations summed over the tensor axis; payload and sent bytes by kind."""
+    sizes: _Sizes, params: Any, lengths: dict[str, int], turns: int, slices: int
+) -> tuple[dict[str, float], dict[str, float], dict[str, float]]:
+    """Weights gathered for each pass, gradients summed, activations summed over the tensor axis; payload and sent bytes by kind, within a slice
+    and between slices.
+
+    Gradients cross between slices once they are summed within each, a part of them by each device.
+
+    Args:
+        turns: slices of the batch.
+    """
     c = sizes.config
     count = tree.size(params) / sizes.tensor
     payload: Counter[str] = Counter()
@@ -196,15 +239,20 @@ def _collectives(
             payload[kind] += size / (devices if kind == "reduce-scatter" else 1)  # type: ignore[assignment]
             sent[kind] += factor * size * (devices - 1) / devices  # type: ignore[assignment]
 
-    passes = slices * 2  # forward, and again for the backward pass
+    passes = turns * 2  # forward, and again for the backward pass
     add("all-gather", passes * sizes.width * count, sizes.fsdp)
-    add("reduce-scatter", slices * sizes.width * count, sizes.fsdp)
-    add("all-reduce", slices * 4 * count / sizes.fsdp, sizes.data, 2)
-    sums = slices * (4 if c.remat == "none" else 6)
+    add("reduce-scatter", turns * sizes.width * count, sizes.fsdp)
+    table = c.vocab_size * c.dim / sizes.tensor if c.head in ("lm", "mlm") else 0.0
+    products = count - (1 if c.tie_embeddings else 2) * table
+    # Of what is looked up in the table in float32, of what is predicted as of the products
+    within, gradient = sizes.data // slices, turns * (sizes.width * (products + table) + 4 * table) / sizes.fsdp
+    add("all-reduce", gradient, within, 2)
+    network = {"all-reduce": 2 * gradient / within * (slices - 1) / slices} if slices > 1 else {}
+    sums = turns * (4 if c.remat == "none" else 6)
     for side, depth in sizes.stacks:
         tokens = sizes.rows * lengths[side] * sizes.share
         add("all-reduce", sums * depth * sizes.width * tokens * c.dim, sizes.tensor, 2)
-    return dict(payload), dict(sent)
+    return dict(payload), dict(sent), network
 
 
 def _traffic(sizes: _Sizes, params: Any, state: float, lengths: dict[str, int], slices: int) -> float:

@@ -18,6 +18,7 @@ COLLECTIVES = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "coll
 FREE = (
     *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call", "after-all"),
     *("partition-id", "replica-id", "opt-barrier", "async-done", "async-update", "copy-done", "add-dependency"),
+    *("send", "recv"),
 )
 """What moves nothing between a device and its memory, or is counted where it begins or inside"""
 
@@ -32,6 +33,8 @@ class Collective(NamedTuple):
     """bytes that a device sends when its group forms a ring"""
     memory: float
     """bytes that it reads and writes in the device's memory"""
+    between: bool = False
+    """whether it is that part of a collective that goes over the network between slices"""
 
 
 class Cost(NamedTuple):
@@ -47,10 +50,10 @@ class Cost(NamedTuple):
     unknown: tuple[str, ...] = ()
     """kernels and loops that are not understood: they count as no operations, or as one turn"""
 
-    def summed(self, what: str) -> dict[str, float]:
-        """Bytes of each kind of collective: `payload`, `sent` or `memory`."""
+    def summed(self, what: str, between: bool = False) -> dict[str, float]:
+        """Bytes of each kind of collective, within a slice or between slices: `payload`, `sent` or `memory`."""
         total: dict[str, float] = {}
-        for one, count in self.channels.values():
+        for one, count in (x for x in self.channels.values() if x[0].between == between):
             total[one.kind] = total.get(one.kind, 0.0) + getattr(one, what) * count
         return total
 
@@ -159,6 +162,26 @@ def _collective(x: Instruction, inside: Computation, devices: int, fused: bool) 
         return Collective(kind, given, given, 2 * held)
     share, made = (count - 1) / count, given / count if kind == "reduce-scatter" else given
     return Collective(kind, made, given * share * (2 if kind == "all-reduce" else 1), 2 * held)
+
+
+def _between_slices(x: Instruction, inside: Computation) -> Collective | None:
+    """The part of a collective that goes over the network between slices, as a TPU program prints it: sent to the host, which passes it on.
+
+    >>> rest = 'frontend_attributes={_xla_megascale_target="{1,2}x{0:3}",_xla_megascale_transfer_type="ALL_REDUCE"}'
+    >>> given = Instruction("a", "bf16[8,4]", "parameter", ("0",), "", False)
+    >>> _between_slices(Instruction("x", "()", "send", ("a",), rest, False), {"a": given})
+    Collective(kind='all-reduce', payload=64.0, sent=64.0, memory=128.0, between=True)
+    """
+    kind = re.search(r'_xla_megascale_transfer_type="(\w+)"', x.rest)
+    target = re.search(r'_xla_megascale_target="\{([^}]*)\}', x.rest)
+    if kind is None or target is None or x.operands[0] not in inside:
+        return None
+    ends = [[int(n) for n in part.split(":")] for part in target[1].split(",")]
+    slices = sum(part[-1] - part[0] + 1 for part in ends)
+    array = inside[x.operands[0]].types[0]
+    name, share = kind[1].lower().replace("_", "-"), (slices - 1) / slices
+    factor = {"all-reduce": 2 * share, "all-gather": slices - 1}.get(name, share)
+    return Collective(name, array.bytes, factor * array.bytes, 2 * array.held, between=True)
 
 
 def splash_products(name: str) -> int:
@@ -276,6 +299,8 @@ def _arithmetic(x: Instruction, inside: Computation, fused: bool, devices: int, 
         one = _collective(x, inside, devices, fused)
         own = channel is not None and channel[1] not in shared
         return Cost(channels={channel[1] if channel and own else x.name: (one, 1.0)})
+    if x.opcode == "send" and (crossing := _between_slices(x, inside)) is not None:
+        return Cost(channels={x.name: (crossing, 1.0)})
     return Cost()
 
 

@@ -14,6 +14,7 @@ from jaxtyping import Array
 from llm_jax import config, tree
 from llm_jax.errors import ConfigError, suggest
 from llm_jax.models.transformer import depths
+from llm_jax.platform import on_device
 from llm_jax.transforms.base import removed
 from llm_jax.transforms.moving_average import MovingAverageState
 
@@ -255,8 +256,9 @@ def eval_params(opt_state: Any, params: Any) -> Any:
 
     for state in jax.tree.leaves(opt_state, is_leaf=kept):
         if isinstance(state, MovingAverageState):
-            return tree.merge(state.average, params)
+            return tree.merge(on_device(state.average), params)
         if isinstance(state, optax.contrib.ScheduleFreeState):
+            state = on_device(state)
             trained = jax.tree.map(lambda z, x: None if z is None else x, state.z, params, is_leaf=lambda z: z is None)
             found = optax.contrib.schedule_free_eval_params(state, trained)
             # The rule's own copy of a weight that pruning holds at zero drifts, since its gradient is left to it.

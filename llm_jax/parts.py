@@ -24,7 +24,7 @@ from llm_jax.data.vocabulary import TRAINERS
 from llm_jax.errors import CheckpointError, ConfigError, DataError
 from llm_jax.models import transformer
 from llm_jax.models.config import ModelConfig
-from llm_jax.platform import target
+from llm_jax.platform import on_device, target
 from llm_jax.program import transform_of
 
 log = logging.getLogger(__name__)
@@ -249,7 +249,7 @@ def _warm(
     began = models.abstract_params(run.model, mesh)
     where = jax.tree.map(lambda x: x.sharding, began)
     held = checkpoint.load_optimizer(path, lambda saved: sharding.state_shardings(mesh, saved, began, where))
-    carried, told = tf.carry(run.transforms, run.model, held, state.opt_state, key)
+    carried, told = tf.carry(run.transforms, run.model, held, on_device(state.opt_state), key)
     return state._replace(opt_state=jax.device_put(carried, placed.opt_state)), told
 
 

@@ -35,6 +35,8 @@ class Memory:
     """other arguments: the batch, counters, models that the loss reads"""
     rest: float
     """activations, gradients, gathered weights and whatever else the step needs at its peak beside its arguments"""
+    host: float
+    """in the memory of its host: moments and activations that wait there; no part of the peak"""
     peak: float
     limit: float
     """what the chip has for a program"""
@@ -66,6 +68,8 @@ class Plan:
     """bytes that come out of each kind of collective"""
     sent: dict[str, float]
     """bytes that the device sends for them when each group forms a ring"""
+    network: dict[str, float]
+    """bytes that the device sends to other slices"""
     tokens: int
     """of a step, on all devices"""
     notes: tuple[str, ...] = ()
@@ -78,11 +82,12 @@ class Plan:
             "compute": self.flops / chip.flops,
             "memory": self.traffic / chip.bandwidth,
             "interconnect": sum(self.sent.values()) / chip.interconnect,
+            **({"network": sum(self.network.values()) / chip.network} if self.topology.slices > 1 else {}),
         }
 
     @property
     def seconds(self) -> float:
-        """Least seconds of a step: compute, memory and interconnect at the same time, the slowest binds."""
+        """Least seconds of a step: compute, memory, interconnect and network at the same time, the slowest binds."""
         return max(self.times.values())
 
     @property
@@ -119,9 +124,12 @@ def devices_of(topology: Topology) -> Any:
     """
     from jax.experimental import topologies
 
-    options = {"chip_config_name": "megacore"} if topology.name.startswith("v4") else {}  # else a device is half a chip
+    options: dict[str, Any] = (
+        {"chip_config_name": "megacore"} if topology.slice.startswith("v4") else {}
+    )  # else a device is half a chip
     try:
-        return topologies.get_topology_desc(platform="tpu", topology_name=topology.name, **options).devices
+        options |= {"num_slices": topology.slices} if topology.slices > 1 else {}
+        return topologies.get_topology_desc(platform="tpu", topology_name=topology.slice, **options).devices
     except Exception as e:
         raise UserError(f"topology {topology.name!r}: libtpu says {str(e).splitlines()[0]}") from e
 
@@ -137,7 +145,7 @@ def make(run: Run, topology: Topology, compiled: bool = True) -> Plan:
         if compiled:
             mesh: Any = sharding.make_mesh(run.mesh, devices_of(topology))
         else:
-            mesh = sharding.abstract_mesh(run.mesh, topology.chips)
+            mesh = sharding.abstract_mesh(run.mesh, topology.chips, topology.slices)
         run = program.resolve(run, mesh)
         made, state, batch = program.arguments(run, mesh)
         known = _known(run, topology, made, batch)
@@ -147,7 +155,7 @@ def make(run: Run, topology: Topology, compiled: bool = True) -> Plan:
 def variants(runs: Sequence[Run], topology: Topology) -> list[Plan]:
     """The estimated plans of runs that differ in the batch and in remat alone. Raises as `make`."""
     with planned_for(topology.chip.platform):
-        mesh = sharding.abstract_mesh(runs[0].mesh, topology.chips)
+        mesh = sharding.abstract_mesh(runs[0].mesh, topology.chips, topology.slices)
         runs = [program.resolve(run, mesh) for run in runs]
         made, state, _ = program.arguments(runs[0], mesh)
         found = []
@@ -180,14 +188,7 @@ def _compiled(known: dict[str, Any], made: program.Program, state: Any, batch: A
             compiled = made.step.lower(state, batch).compile()
         except jax.errors.JaxRuntimeError as e:
             return _too_large(known, made, state, batch, e)
-    parts = argument_bytes(compiled, state, batch)
-    figures = compiled.memory_analysis()
-    peak, given = float(figures.peak_memory_in_bytes), float(figures.argument_size_in_bytes)
-    parameters, optimizer = parts["params"], parts["opt_state"]
-    memory = Memory(parameters, optimizer, given - parameters - optimizer, peak - given, peak, chip.memory)
-    notes = []
-    if sum(parts.values()) != given:
-        notes.append(f"the arguments by part are {sum(parts.values()):.0f} bytes, those of the compiler {given:.0f}")
+    memory, notes = _memory(compiled, argument_bytes(compiled, state, batch), chip.memory)
     share = 0.5 if made.model.architecture == "decoder" else 1.0
     found = hlo_cost.cost(compiled.as_text(), chips, share)
     notes += [f"not understood, counted as no operations or one turn: {name}" for name in found.unknown]
@@ -199,12 +200,41 @@ def _compiled(known: dict[str, Any], made: program.Program, state: Any, batch: A
         traffic=found.memory + sum(found.summed("memory").values()),
         payload=found.summed("payload"),
         sent=found.summed("sent"),
+        network=found.summed("sent", between=True),
         notes=tuple(notes),
     )
 
 
+def _memory(compiled: Any, parts: dict[str, float], limit: float) -> tuple[Memory, list[str]]:
+    """What the compiler says of memory, and where it differs from the arguments by part.
+
+    Its peak is that of both memories together, the host's arguments and values among it. Where there are such, the device's is no more than
+    what it allots there: arguments, results that are not written over them, and the space for all else.
+    """
+    found = compiled.memory_analysis()
+    away = parts.pop("host", 0.0)
+    peak, given = float(found.peak_memory_in_bytes), float(found.argument_size_in_bytes)
+    host = float(found.host_argument_size_in_bytes + found.host_temp_size_in_bytes)
+    if host:
+        made = found.output_size_in_bytes - found.alias_size_in_bytes
+        peak = min(peak, given + made + found.temp_size_in_bytes)
+    other = given - parts["params"] - parts["opt_state"]
+    notes = [
+        f"the arguments{where} by part are {told:.0f} bytes, those of the compiler {size:.0f}"
+        for where, told, size in (
+            ("", sum(parts.values()), given),
+            (" on the host", away, found.host_argument_size_in_bytes),
+        )
+        if told != size
+    ]
+    return Memory(parts["params"], parts["opt_state"], other, peak - given, host, peak, limit), notes
+
+
 def argument_bytes(compiled: Any, state: Any, batch: Any) -> dict[str, float]:
-    """Bytes of a device by part of the state, and those of the batch, as the compiled step lays them out, whole tiles counted."""
+    """Bytes of a device by part of the state, and those of the batch, as the compiled step lays them out, whole tiles counted.
+
+    What lies in the host's memory is counted as `host` and in no part.
+    """
     formats, _ = compiled.input_formats
     total: Counter[str] = Counter()
     given = {**state._asdict(), "batch": batch}
@@ -219,8 +249,9 @@ def argument_bytes(compiled: Any, state: Any, batch: Any) -> dict[str, float]:
             data = jax.eval_shape(jax.random.key_data, x)
             shape, width = (*shape, *data.shape[x.ndim :]), data.dtype.itemsize
         tile = tuple(form.layout.tiling[0]) if form.layout.tiling else ()
-        total[name] += hlo.padded(shape, tuple(reversed(form.layout.major_to_minor)), tile) * width
-    return dict(total)
+        away = x.sharding.memory_kind == "pinned_host"
+        total["host" if away else name] += hlo.padded(shape, tuple(reversed(form.layout.major_to_minor)), tile) * width
+    return {"params": 0.0, "opt_state": 0.0, **total}
 
 
 def _too_large(known: dict[str, Any], made: program.Program, state: Any, batch: Any, error: Exception) -> Plan:
@@ -247,9 +278,11 @@ def _too_large(known: dict[str, Any], made: program.Program, state: Any, batch: 
 def _estimated(known: dict[str, Any], made: program.Program, state: Any, batch: Any) -> Plan:
     """The plan by formulas."""
     run, chip = known["run"], known["topology"].chip
-    found = estimate.step(run, made.model, dict(made.mesh.shape), state, batch)
+    found = estimate.step(run, made.model, dict(made.mesh.shape), state, batch, known["topology"].slices)
     given = found.parameters + found.optimizer + found.other
-    memory = Memory(found.parameters, found.optimizer, found.other, found.rest, given + found.rest, chip.memory)
+    memory = Memory(
+        found.parameters, found.optimizer, found.other, found.rest, found.host, given + found.rest, chip.memory
+    )
     return Plan(
         **known,
         compiled=False,
@@ -258,6 +291,7 @@ def _estimated(known: dict[str, Any], made: program.Program, state: Any, batch: 
         traffic=found.traffic,
         payload=found.payload,
         sent=found.sent,
+        network=found.network,
     )
 
 
@@ -303,6 +337,7 @@ def to_dict(plan: Plan) -> dict[str, Any]:
         "collectives": {
             name: {"payload": plan.payload[name], "sent": plan.sent[name]} for name in sorted(plan.payload)
         },
+        "network": plan.network,
         "roofline": {
             **plan.times,
             "seconds": plan.seconds,

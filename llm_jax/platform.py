@@ -110,6 +110,16 @@ def await_buffers(state: Any) -> None:
         jax.block_until_ready(state)
 
 
+def on_device(tree: Any) -> Any:
+    """A tree whose arrays lie in the device's memory: those that lie in the host's are brought there."""
+
+    def one(x: Any) -> Any:
+        away = jax.typeof(x).memory_space == jax.memory.Space.Host
+        return jax.device_put(x, jax.memory.Space.Device) if away else x
+
+    return jax.tree.map(one, tree)
+
+
 def gather(value: Any) -> list[Any]:
     """The JSON-able value that each process gives, by their number; all processes must call it."""
     if jax.process_count() == 1:

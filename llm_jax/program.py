@@ -4,6 +4,7 @@ No data is opened here, no weights are read and no device is touched: what a mod
 """
 
 import dataclasses
+import functools
 import re
 from collections.abc import Callable
 from typing import Any
@@ -82,6 +83,8 @@ def make(run: Run, mesh: jax.sharding.Mesh, aux: Any = None) -> Program:
     abstract = jax.eval_shape(init, jax.eval_shape(jax.random.key, 0), started, aux)
     read = {name: models.abstract_params(config, mesh) for name, config in _read(change).items()}
     places = sharding.state_shardings(mesh, abstract, shapes, sharding.params_shardings(mesh, axes, shapes))
+    if change.offload:
+        places = places._replace(opt_state=sharding.on_host(places.opt_state, abstract.opt_state))
     shardings = places._replace(reference=jax.tree.map(lambda x: x.sharding, read))
     update = jax.jit(
         sharding.placed(mesh, step.make_step(loss, grad, optimizer)),
@@ -198,6 +201,7 @@ def abstract_batch(run: Run, mesh: Any) -> dict[str, Any]:
     return {n: jax.ShapeDtypeStruct(s, d, sharding=sharding.batch_sharding(mesh, s)) for n, (s, d) in made.items()}
 
 
+@functools.cache
 def _tokenizer() -> Tokenizer:
     """One that has what a task may ask for; its vocabulary does not matter."""
     return load_tokenizer("wordpiece:64", ["a b c"])

@@ -46,11 +46,13 @@ def make_mesh(sizes: config.Mesh = config.Mesh(), devices: Any = None) -> jax.sh
     """The mesh of the given sizes over all devices (or those given); an axis of -1 takes what the others leave.
 
     Raises:
-        ConfigError: the sizes do not multiply to the number of devices.
+        ConfigError: the sizes do not multiply to the number of devices, or TPU slices do not divide the axis data.
     """
     devices = jax.devices() if devices is None else devices
-    shape = mesh_shape(sizes, len(devices))
-    return jax.sharding.Mesh(_arranged(shape, devices), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    slices = len({getattr(x, "slice_index", 0) for x in devices}) if devices[0].platform == "tpu" else 1
+    shape = mesh_shape(sizes, len(devices), slices)
+    placed = over_slices(shape, slices, devices) if slices > 1 else _arranged(shape, devices)
+    return jax.sharding.Mesh(placed, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def _arranged(shape: tuple[int, ...], devices: Any) -> np.ndarray:
@@ -60,19 +62,36 @@ def _arranged(shape: tuple[int, ...], devices: Any) -> np.ndarray:
     return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
 
 
-def mesh_shape(sizes: config.Mesh, devices: int) -> tuple[int, ...]:
-    """The sizes of the mesh's axes over so many devices. Raises as `make_mesh`."""
+def over_slices(shape: tuple[int, ...], slices: int, devices: Any) -> np.ndarray:
+    """The devices of several TPU slices in the shape of the mesh: the axis data goes over the slices first, then within each.
+
+    Only gradients are summed over it, once a step; all other axes stay within a slice, whose chips have a network of their own.
+    """
+    within = (shape[0] // slices, *shape[1:])
+    own: dict[int, list[Any]] = {}
+    for device in devices:
+        own.setdefault(device.slice_index, []).append(device)
+    return np.concatenate([_arranged(within, own[i]) for i in sorted(own)])
+
+
+def mesh_shape(sizes: config.Mesh, devices: int, slices: int = 1) -> tuple[int, ...]:
+    """The sizes of the mesh's axes over so many devices in so many slices. Raises as `make_mesh`."""
     wanted = [getattr(sizes, axis) for axis in AXES]
     known = int(np.prod([n for n in wanted if n > 0]))
     if devices % known or (-1 not in wanted and known != devices):
         named = ", ".join(f"{axis}={n}" for axis, n in zip(AXES, wanted))
         raise ConfigError(f"mesh ({named}) does not divide the {devices} devices: its sizes multiply to {known}")
-    return tuple(devices // known if n == -1 else n for n in wanted)
+    shape = tuple(devices // known if n == -1 else n for n in wanted)
+    if shape[0] % slices:
+        raise ConfigError(
+            f"mesh.data is {shape[0]}: it must be a multiple of the {slices} slices, since it alone goes over the network between them"
+        )
+    return shape
 
 
-def abstract_mesh(sizes: config.Mesh, devices: int) -> Any:
+def abstract_mesh(sizes: config.Mesh, devices: int, slices: int = 1) -> Any:
     """A mesh of devices that are not at hand: shapes and places can be told from it, nothing compiled. Raises as `make_mesh`."""
-    return jax.sharding.AbstractMesh(mesh_shape(sizes, devices), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    return jax.sharding.AbstractMesh(mesh_shape(sizes, devices, slices), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def spec(names: tuple[str | None, ...]) -> PartitionSpec:
@@ -130,6 +149,11 @@ def state_shardings(mesh: jax.sharding.Mesh, state: Any, shapes: Any, params: An
         return replicated(mesh)
 
     return tree.map_with_name(one, state)
+
+
+def on_host(shardings: Any, arrays: Any) -> Any:
+    """The same places in the memory of each device's host, for all but numbers."""
+    return jax.tree.map(lambda s, x: s.with_memory_kind("pinned_host") if x.ndim else s, shardings, arrays)
 
 
 def check_batch(mesh: jax.sharding.Mesh, rows: int, length: int) -> None:

@@ -9,6 +9,7 @@ from jaxtyping import Array, Int
 
 from llm_jax import tree
 from llm_jax.losses import GradFn, Loss, LossFn
+from llm_jax.platform import on_device
 from llm_jax.tasks.base import Batch
 
 State = Any
@@ -61,7 +62,7 @@ def make_step(loss: LossFn, grad: GradFn, optimizer: optax.GradientTransformatio
     """
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
-        key = jax.random.fold_in(state.key, state.step)
+        key, before = jax.random.fold_in(state.key, state.step), on_device(state.opt_state)
         found, gradient = grad(state.params, batch, key, state.reference)
         weight = jnp.maximum(found.weight, 1e-9)
         gradient = jax.tree.map(lambda g: g / weight, gradient)
@@ -73,7 +74,7 @@ def make_step(loss: LossFn, grad: GradFn, optimizer: optax.GradientTransformatio
             return again.total / weight
 
         updates, opt_state = optimizer.update(
-            gradient, state.opt_state, state.params, value=value, grad=gradient, value_fn=value_fn
+            gradient, before, state.params, value=value, grad=gradient, value_fn=value_fn
         )
         params = jax.tree.map(
             lambda p, u: p if u is None else jnp.where(finite, p + u, p).astype(p.dtype),
@@ -81,7 +82,7 @@ def make_step(loss: LossFn, grad: GradFn, optimizer: optax.GradientTransformatio
             updates,
             is_leaf=lambda x: x is None,
         )
-        opt_state = jax.tree.map(lambda new, old: jnp.where(finite, new, old), opt_state, state.opt_state)
+        opt_state = jax.tree.map(lambda new, old: jnp.where(finite, new, old), opt_state, before)
         skip = 1 - finite.astype(jnp.int32)
         new = TrainState(
             state.step + 1,

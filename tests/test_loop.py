@@ -24,7 +24,7 @@ from llm_jax.config import Checkpoint as Keep
 from llm_jax.errors import CheckpointError, ConfigError, DataError, NonFiniteError
 from llm_jax.models.config import ModelConfig
 from llm_jax.tasks import NextToken
-from llm_jax.transforms import Transform
+from llm_jax.transforms import Transform, offload_moments
 
 TIMES = ("seconds", "input_wait", "tokens_per_second", "mfu")
 """What differs between two runs that are the same."""
@@ -199,6 +199,27 @@ def test_resumed_equals_uninterrupted(
     other = change(tiny, workdir=str(tiny.folder) + "-other", seed=1)
     train_until(monkeypatch, other, 2)
     assert lines(other)[0]["samples"] != lines(run)[0]["samples"]
+
+
+def test_moments_on_the_host_change_nothing(whole: tuple[Run, dict[str, Any]], tiny: Run, monkeypatch):
+    """The same weights and moments bit for bit, through an interruption; between updates they are not in the device's memory."""
+    run, result = whole
+    tiny = change(tiny, transforms=(offload_moments(),), eval=dataclasses.replace(run.eval))
+    places = set()
+    one_step = loop._Session.one_step
+
+    def seen(session: Any) -> None:
+        one_step(session)
+        state = session.state
+        places.update(x.sharding.memory_kind for x in jax.tree.leaves(state.opt_state) if x.ndim)
+        assert {x.sharding.memory_kind for x in jax.tree.leaves(state.params)} == {"device"}
+
+    monkeypatch.setattr(loop._Session, "one_step", seen)
+    train_until(monkeypatch, tiny, 7)
+    again = loop.train(tiny)
+    assert places == {"pinned_host"} and again["eval"] == result["eval"]
+    for name in ("params", "state"):
+        assert checkpoint.read_card(tiny.folder)["hashes"][name] == checkpoint.read_card(run.folder)["hashes"][name]
 
 
 def test_what_was_saved_is_what_was_evaluated(whole: tuple[Run, dict[str, Any]]):

@@ -12,13 +12,14 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from llm_jax import budget, chips, cli, config, parts, plan, program, search, sharding
+from llm_jax import budget, chips, cli, config, parts, plan, program, reports, search, sharding
 from llm_jax.config import Batch, Data, Mesh, Optimizer, Run
 from llm_jax.models.config import ModelConfig
 from llm_jax.models.layers import compute_dtype
+from llm_jax.models.remat import REMAT
 from llm_jax.platform import planned_for, target
 from llm_jax.tasks import Classification, MaskedToken, NextToken, SpanCorruption
-from llm_jax.transforms import Transform, chain, new_head
+from llm_jax.transforms import Transform, chain, new_head, offload_moments
 
 ROOT = Path(__file__).parents[1]
 SIZES = ModelConfig(vocab_size=512, max_length=32, layers=2, dim=16, heads=2, norm="rms", mlp="gated_silu")
@@ -153,13 +154,45 @@ def test_more_devices_take_less_memory_each():
     ]
 
 
+def test_several_slices_have_a_network_of_their_own():
+    """Of two slices each device sends half of its summed gradient twice, of four three quarters; the roofline takes it into account."""
+    for slices in (2, 4):
+        topology = chips.read_topology(f"{slices}xh100:4")
+        assert (topology.chips, topology.slices, topology.slice) == (4 * slices, slices, "h100:4")
+        made = plan.make(dataclasses.replace(RUN, mesh=Mesh(data=slices, fsdp=4), batch=Batch(16, 32)), topology)
+        table = SIZES.vocab_size * SIZES.dim
+        gradient = (2 * (made.parameters - table) + 2 * 4 * table) / 4  # in bfloat16, of the table in float32 and twice
+        assert made.network == {"all-reduce": pytest.approx(2 * gradient * (slices - 1) / slices)}
+        assert made.times["network"] == pytest.approx(made.network["all-reduce"] / topology.chip.network)
+        assert "all-reduce" not in made.sent and f"{slices}xh100:4" in reports.plan(made)
+    one = plan.make(dataclasses.replace(RUN, mesh=Mesh(data=2, fsdp=4)), chips.read_topology("h100:8"))
+    assert one.network == {} and "network" not in one.times and one.sent["all-reduce"] > 0
+
+
+def test_what_waits_on_the_host_takes_none_of_the_device():
+    topology = chips.read_topology("h100:8")
+    run = dataclasses.replace(RUN, mesh=Mesh(data=1, fsdp=8), model=SIZES.replace(remat="full"))
+    plain = plan.make(run, topology).memory
+    moments = plan.make(dataclasses.replace(run, transforms=(offload_moments(),)), topology).memory
+    assert moments.parameters == plain.parameters and moments.rest == plain.rest and plain.host == 0
+    assert moments.host == plain.optimizer - moments.optimizer and moments.optimizer < 100  # counters stay
+    inputs = plan.make(dataclasses.replace(run, model=SIZES.replace(remat="offload")), topology).memory
+    assert inputs.host == plain.rest - inputs.rest == 2 * 2 * 32 * 16  # layers x bytes x tokens x width
+    ranked = {
+        name: plan.make(dataclasses.replace(run, model=SIZES.replace(remat=name)), topology)
+        for name in ("full", "out", "qkv", "dots")
+    }
+    kept, again = ([f(x) for x in ranked.values()] for f in (lambda x: x.memory.peak, lambda x: -x.flops))
+    assert kept == sorted(kept) and again == sorted(again) and len(set(again)) == 4
+
+
 def test_a_search_ranks_what_fits(monkeypatch):
     monkeypatch.setattr(search, "ROWS", (1, 4))
     monkeypatch.setattr(search, "TENSOR", (1, 2))
     found = search.search(RUN, chips.read_topology("h100:4"))
     times = [p.seconds / p.tokens for p in found]
     assert times == sorted(times) and all(p.memory.fits for p in found) and len(found) > 8
-    assert {p.run.model.remat for p in found} == {"none", "full", "dots"}
+    assert {p.run.model.remat for p in found} == set(REMAT)
     monkeypatch.setitem(chips.CHIPS, "h100", dataclasses.replace(chips.CHIPS["h100"], memory=1000.0))
     with pytest.raises(Exception, match="nothing that was tried fits h100:4: the least needs"):
         search.search(RUN, chips.read_topology("h100:4"))
@@ -249,6 +282,31 @@ def test_a_tpu_topology_is_compiled_for(tmp_path):
     assert compiled["flops"]["model"] == estimated["flops"]["model"]
     assert compiled["flops"]["program"] == pytest.approx(estimated["flops"]["program"], rel=0.05)
     assert compiled["collectives"]["all-gather"]["payload"] > 0 and compiled["notes"] == []
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed: pip install 'llm_jax[plan]'"
+)
+def test_two_slices_are_compiled_for(tmp_path):
+    """In a process of its own: gradients cross between the slices, of each device its part, and nothing else does."""
+    (tmp_path / "tiny.py").write_text(
+        "from llm_jax.config import Batch, Mesh, Run\nfrom llm_jax.models.presets import llama\nfrom llm_jax.tasks import NextToken\n"
+        "from llm_jax.transforms import offload_moments\n\n"
+        "def get_config():\n    model = llama(remat='full', layers=3, dim=256, heads=2, mlp_dim=512, vocab_size=1024)\n"
+        "    return Run(name='tiny', model=model, task=NextToken(), batch=Batch(8, 512), mesh=Mesh(data=2, fsdp=-1), steps=10,\n"
+        "               transforms=(offload_moments(),))\n",
+        encoding="utf-8",
+    )
+    words = [sys.executable, "-m", "llm_jax", "plan", f"--config={tmp_path}/tiny.py", "--topology=2xv5e:2x2", "--json"]
+    done = subprocess.run(words, capture_output=True, text=True, cwd=ROOT, env={**os.environ}, timeout=600)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    least = 2 * found["parameters"] / 4  # half of it, in bfloat16, twice
+    assert set(found["network"]) == {"all-reduce"} and least <= found["network"]["all-reduce"] <= 2 * least
+    assert found["roofline"]["network"] == found["network"]["all-reduce"] / 3.125e9
+    memory = found["memory"]
+    assert memory["host"] >= 2 * memory["parameters"] and memory["optimizer"] < 2e4 and found["notes"] == []
 
 
 @pytest.mark.parametrize(

@@ -246,6 +246,29 @@ def test_make_mesh(mesh):
     assert sharding.make_mesh().axis_types == (jax.sharding.AxisType.Auto,) * 4
 
 
+class Sliced(NamedTuple):
+    """A device of a TPU slice, as far as the order of a mesh goes."""
+
+    id: int
+    slice_index: int
+    coords: tuple[int, int, int]
+    core_on_chip: int = 0
+    platform: str = "tpu"
+    device_kind: str = "none that jax knows"
+    process_index: int = 0
+
+
+def test_slices_lie_along_the_axis_data():
+    """Devices of two slices, told in any order: data goes over the slices first; each place along it holds devices of one slice alone."""
+    devices = [Sliced(i, i % 2, (i // 2 % 2, i // 4, 0)) for i in range(8)]
+    found = sharding.over_slices((4, 2, 1, 1), 2, devices)
+    assert found.shape == (4, 2, 1, 1) and {x.id for x in found.flat} == set(range(8))
+    assert [{x.slice_index for x in part.flat} for part in found] == [{0}, {0}, {1}, {1}]
+    assert sharding.mesh_shape(config.Mesh(data=-1, fsdp=2), 8, 2) == (4, 2, 1, 1)
+    with pytest.raises(ConfigError, match=r"mesh.data is 1: it must be a multiple of the 2 slices"):
+        sharding.make_mesh(config.Mesh(data=1, fsdp=8), devices)
+
+
 @pytest.mark.parametrize(
     "sizes, message",
     [

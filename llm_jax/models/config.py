@@ -5,13 +5,13 @@ import re
 from typing import Any
 
 from llm_jax.errors import ConfigError, choose, suggest
+from llm_jax.models.remat import REMAT
 
 ARCHITECTURES = ("encoder", "decoder", "encoder-decoder")
 ACTIVATIONS = ("relu", "gelu", "gelu_tanh", "silu")
 MLPS = ACTIVATIONS + tuple(f"gated_{name}" for name in ACTIVATIONS)
 POSITIONS = ("none", "sinusoidal", "sinusoidal_split", "learned", "rotary", "relative")
 HEADS = ("none", "lm", "mlm", "classification", "span")
-REMAT = ("none", "full", "dots")
 LORA_TARGETS = ("(attention|cross)/(query|value)",)
 """The products that Hu et al. 2021 adapt (section 4.2)"""
 
@@ -97,7 +97,7 @@ class ModelConfig:
     dtype: str = "auto"
     """dtype of the computation: auto is bfloat16 on TPU and GPU, float32 on CPU"""
     remat: str = "none"
-    """what the backward pass recomputes: none, full (each layer) or dots (all but matrix products)"""
+    """what the backward pass computes again: none, full (each layer), or less, or with values on the host, by a name of `models/remat.py`"""
     lora_rank: int = 0
     """R: rank of the factors beside some weights of the layers; 0 for none"""
     lora_alpha: float = 16.0

@@ -19,6 +19,7 @@ from jaxtyping import Array, Float, Int
 from llm_jax.models import split
 from llm_jax.models.attention import Mask, attend
 from llm_jax.models.config import ModelConfig
+from llm_jax.models.remat import named
 from llm_jax.platform import target
 from llm_jax.sharding import constrain
 
@@ -150,7 +151,7 @@ def weight(
 def multiply(module: Any, name: str, x: Array, w: Weight, over: int = 1) -> Array:
     """x W, or x W + s (x A) B with s = `config.lora_scale` where there are factors beside W (LoRA, eq. 3)."""
     read(module, name, x)
-    y = contract(x, w.value, over, w.axes)
+    y = named(contract(x, w.value, over, w.axes), name)
     if w.factors is None:
         return y
     a, b = w.factors

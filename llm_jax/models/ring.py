@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
+from llm_jax.models.remat import ATTENTION, named
 from llm_jax.sharding import fitted_spec
 
 AXIS = "context"
@@ -122,7 +123,8 @@ def _forward(causal, scale, count, q, k, v, segments, place):
     state = jnp.full(column, LOW, jnp.float32), jnp.zeros(column, jnp.float32), jnp.zeros(queries.shape, jnp.float32)
     ((top, total, out), _), _ = jax.lax.scan(meet, (state, (k, v, (segments, place))), None, length=count)
     out = out / total  # a query sees itself, so that the sum is above 0
-    return _ungrouped(_join(out, 3).astype(q.dtype)), (queries, k, v, segments, place, out, top + jnp.log(total))
+    out, log_total = named((out, top + jnp.log(total)), ATTENTION)
+    return _ungrouped(_join(out, 3).astype(q.dtype)), (queries, k, v, segments, place, out, log_total)
 
 
 def _backward(causal, scale, count, kept, d_found):

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
+from llm_jax.models.remat import ATTENTION
 from llm_jax.models.ring import split_alike
 
 BLOCKS = (512, 256, 128)
@@ -70,6 +71,7 @@ def _on_one(q: Array, k: Array, v: Array, segments: Array, causal: bool, interpr
         head_shards=1,
         q_seq_shards=1,
         interpret=interpret,
+        residual_checkpoint_name=ATTENTION,
     )
 
     def row(q: Array, k: Array, v: Array, segments: Array) -> Array:

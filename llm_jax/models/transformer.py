@@ -6,6 +6,7 @@ are scanned on accelerators, where it keeps the program small, and unrolled on C
 
 import contextlib
 import contextvars
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, cast
 
@@ -15,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from llm_jax.models import remat
 from llm_jax.models.attention import Mask
 from llm_jax.models.config import ModelConfig
 from llm_jax.models.heads import Head, Outputs
@@ -166,6 +168,11 @@ def init(config: ModelConfig, key: Array) -> Params:
 
 def shapes(config: ModelConfig) -> Params:
     """The shape and dtype of each weight, without making one."""
+    return jax.tree.map(lambda x: x, _shapes(config.replace(remat="none")))  # a tree that may be written to
+
+
+@functools.lru_cache(64)
+def _shapes(config: ModelConfig) -> Params:
     return jax.eval_shape(lambda: init(config, jax.random.key(0)))
 
 
@@ -231,6 +238,7 @@ def _stack(
     module = Block(config, cross)
 
     def layer(x: Array, weights: Params, memory: Any, cross_memory: Any, key: Array | None) -> tuple[Array, Kept]:
+        x = remat.named(x, remat.INPUT)
         found = cast(Any, module.apply)(
             {"params": weights}, x, seen, memory, cross_memory, key, want_weights, mutable=["inputs"]
         )
@@ -254,8 +262,7 @@ def _stack(
         return x, Kept(None, None, None, None)
 
     if config.remat != "none":
-        policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if config.remat == "dots" else None
-        layer = jax.checkpoint(layer, policy=policy, prevent_cse=True)
+        layer = jax.checkpoint(layer, policy=remat.policy(config.remat), prevent_cse=True)
     depth = len(stacked) if isinstance(stacked, tuple) else jax.tree.leaves(stacked)[0].shape[0]
     keys = None if key is None else jax.random.split(key, depth)
     if memory is None and not isinstance(stacked, tuple) and target() != "cpu":

@@ -11,6 +11,7 @@ from llm_jax.transforms.lora import lora, merge_lora
 from llm_jax.transforms.merge import merge
 from llm_jax.transforms.moments import carry, carry_moments
 from llm_jax.transforms.new_head import new_head
+from llm_jax.transforms.offload_moments import offload_moments
 from llm_jax.transforms.on_policy import on_policy
 from llm_jax.transforms.prune import densify, keep_zeros, prune
 from llm_jax.transforms.shrink import shrink, silence
@@ -37,6 +38,7 @@ __all__ = [
     "merge",
     "merge_lora",
     "new_head",
+    "offload_moments",
     "on_policy",
     "pieces_of",
     "prune",

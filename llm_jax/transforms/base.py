@@ -85,6 +85,8 @@ class Transform(NamedTuple):
     """regexes of weights whose zeros its update keeps: they are a mask, and no other update may come after it"""
     densify: bool = False
     """whether the zeros that the card of the start names as pruned are weights like any other"""
+    offload: bool = False
+    """whether the optimizer's state lies in the host's memory between updates"""
     moments: bool = False
     """whether the optimizer goes on from its state in the run that the model comes from, grown with the model (`moments.carry`)"""
 
@@ -153,10 +155,10 @@ def chain(*transforms: Transform) -> Transform:
 
     functions = (config, params, wrap("loss"), wrap("grad"), wrap("update"))
     masks = tuple(regex for transform in transforms for regex in transform.masks)
-    densify, moments = (any(getattr(x, name) for x in transforms) for name in ("densify", "moments"))
+    flags = (any(getattr(x, name) for x in transforms) for name in ("densify", "offload", "moments"))
     if all(transform.rows is IDENTITY.rows for transform in transforms):
         rows = IDENTITY.rows
-    return Transform(*functions, label, reference, calibration, steps, card, extra, rows, masks, densify, moments)
+    return Transform(*functions, label, reference, calibration, steps, card, extra, rows, masks, *flags)
 
 
 def removed(x: Array) -> Bool[Array, "..."]:

@@ -15,7 +15,10 @@ BAD = [
     (dict(head="classifier"), "unknown head 'classifier'; did you mean 'classification'?"),
     (dict(pooler="mean"), "unknown pooler 'mean'; known: none, relu, tanh"),
     (dict(dtype="float16"), "unknown dtype 'float16'; did you mean 'bfloat16'?"),
-    (dict(remat="all"), "unknown remat 'all'; known: dots, full, none"),
+    (
+        dict(remat="all"),
+        "unknown remat 'all'; known: attention, dots, dots_attention, full, mlp, none, offload, offload_dots, offload_qkv, out, qkv",
+    ),
     (dict(layers=0), "model.layers is 0: it must be at least 1"),
     (dict(vocab_size=-5), "model.vocab_size is -5: it must be at least 1"),
     (dict(mlp_dim=-1), "model.mlp_dim is -1: it must not be negative"),

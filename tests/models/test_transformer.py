@@ -1,6 +1,7 @@
 """Every family at tiny size: its tree, its forms (unrolled, scanned, rematerialised), what it gives on request."""
 
 import functools
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,7 @@ import pytest
 
 from llm_jax import sharding, tree
 from llm_jax.losses import cross_entropy
-from llm_jax.models import layers, transformer
+from llm_jax.models import layers, remat, transformer
 
 
 def key(seed):
@@ -174,21 +175,32 @@ def test_gradients_scanned_and_rematerialised(name, drop, tiny, batch_of, accele
     if drop is None:
         close(gradients(tiny(name, remat="full"), batch, drop), expected)
     accelerator("tpu")
-    for remat in ("none", "dots") if drop is None else ("full",):
-        close(gradients(tiny(name, remat=remat, dtype="float32"), batch, drop), expected)
+    for form in ("none", "dots", "offload") if drop is None else ("full",):
+        close(gradients(tiny(name, remat=form, dtype="float32"), batch, drop), expected)
+
+
+@pytest.mark.parametrize("name", remat.POLICIES)
+def test_every_policy_gives_the_same(name, tiny, batch_of):
+    """Unrolled, on this CPU, whose host memory holds what is offloaded."""
+    model = tiny("llama", remat=name)
+    batch = batch_of(model.config)
+    close(gradients(model, batch, None), gradients(tiny("llama"), batch, None))
 
 
 def test_rematerialisation_keeps_less(tiny, batch_of):
     """What the backward pass holds of a layer: all, the products, or the input alone."""
     batch, kept = batch_of(tiny("llama").config), {}
-    for remat in ("none", "dots", "full"):
-        config = tiny("llama", remat=remat).config
+    for name in remat.REMAT:
+        config = tiny("llama", remat=name).config
         forward = functools.partial(transformer.apply, config, batch=batch)
-        _, vjp = jax.eval_shape(
-            lambda params, forward=forward: jax.vjp(lambda p: forward(p).logits, params), tiny("llama").params
+        found = jax.make_jaxpr(lambda params, forward=forward: jax.vjp(lambda p: forward(p).logits, params)[1])(
+            tiny("llama").params
         )
-        kept[remat] = tree.size(vjp)
-    assert kept["full"] < kept["dots"] < kept["none"], kept
+        on_host = [x.size for x in found.out_avals if x.memory_space == jax.memory.Space.Host]
+        kept[name] = sum(x.size for x in found.out_avals) - sum(on_host)
+        assert bool(on_host) == name.startswith("offload")
+    assert kept["full"] < kept["out"] < kept["qkv"] < kept["dots"] < kept["none"], kept
+    assert kept["full"] < kept["mlp"] < kept["dots"] and kept["offload_dots"] == kept["offload"] < kept["full"], kept
 
 
 @pytest.mark.parametrize("name", ["bert", "gpt2", "t5"])
@@ -346,3 +358,9 @@ def test_half_precision(tiny, forward):
     assert (
         1e-4 < error.max() < 0.3 * np.abs(expected.logits).max() and error.mean() < 0.02 * np.abs(expected.logits).max()
     )
+
+
+def test_every_policy_is_documented():
+    """A row of the table in docs/scale.md for each."""
+    page = (Path(__file__).parents[2] / "docs" / "scale.md").read_text(encoding="utf-8")
+    assert [name for name in remat.REMAT if f"\n| `{name}` | " not in page] == []
