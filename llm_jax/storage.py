@@ -15,14 +15,14 @@ import re
 import time
 from collections.abc import Iterator
 from types import SimpleNamespace
-from typing import Any, BinaryIO, NoReturn
+from typing import Any, NoReturn
 
 # Orbax and TFDS make paths of the same library, which would take TensorFlow's files where that is installed.
 os.environ.setdefault("EPATH_USE_TF", "false")
 
-from etils.epath.gpath import PosixGPath  # noqa: E402
+from etils.epath.gpath import PosixGPath
 
-from llm_jax.errors import UserError  # noqa: E402
+from llm_jax.errors import UserError
 
 PACKAGES = {"gs": "gcsfs", "s3": "s3fs"}
 """The package that reads and writes each scheme; the extra of the same name as the scheme's store installs it"""
@@ -61,13 +61,13 @@ def as_path(path: str | os.PathLike) -> Path:
         return path if isinstance(path, Path) else Path(text)
     if scheme[1] not in PACKAGES:
         raise StorageError(f"{text}: {scheme[0]} is not read: name a local path, or one of gs:// and s3://")
-    return path if isinstance(path, RemotePath) else RemotePath(text)  # type: ignore[return-value]
+    return path if isinstance(path, RemotePath) else RemotePath(text)
 
 
 def top(path: Path) -> Path:
     """Where the folders of a path begin: its bucket, the root, or the current folder."""
     if isinstance(path, RemotePath):
-        return RemotePath(*path.parts[:3])  # type: ignore[return-value]
+        return RemotePath(*path.parts[:3])
     return Path(path.anchor)
 
 
@@ -80,9 +80,7 @@ def absolute(path: str | os.PathLike) -> str:
 def file_system(scheme: str) -> Any:
     """fsspec's file system of a scheme. It keeps no listings: others write into the same bucket, Orbax among them."""
     if importlib.util.find_spec(PACKAGES[scheme]) is None:
-        raise StorageError(
-            f"{scheme}:// needs the package {PACKAGES[scheme]}: pip install 'llm_jax[{EXTRAS[scheme]}]'"
-        )
+        raise StorageError(f"{scheme}:// needs the package {PACKAGES[scheme]}: pip install 'llm_jax[{EXTRAS[scheme]}]'")
     import fsspec
 
     for name in ("gs", "gcs") if scheme == "gs" else (scheme,):
@@ -159,13 +157,15 @@ class RemotePath(PosixGPath):
         """Nothing is made, since a bucket has no folders. Raises StorageError where the bucket itself is not there."""
         if not exist_ok and self.exists():
             raise FileExistsError(str(self))
-        if not (bucket := top(self)).exists():  # type: ignore[arg-type]
+        if not (bucket := top(self)).exists():
             raise StorageError(f"{self}: there is no bucket {bucket}: make it first, or mend its name")
 
     def open(self, mode: str = "r", *, encoding: str | None = None, **_: Any) -> Any:
         """A file to be read from its begin to its end, or to be written at once; what is written is there when it is closed."""
         if mode.strip("bt") not in ("r", "w"):
-            raise io.UnsupportedOperation(f"{self}: what lies in a bucket is read or written whole, not by mode {mode!r}")
+            raise io.UnsupportedOperation(
+                f"{self}: what lies in a bucket is read or written whole, not by mode {mode!r}"
+            )
         opened = self._do("open", mode.strip("bt") + "b")
         return opened if "b" in mode else io.TextIOWrapper(opened, encoding or "utf-8")
 
@@ -224,6 +224,23 @@ def remove_tree(path: Path) -> None:
     shutil.rmtree(path, ignore_errors=True)
 
 
+def write_whole(path: Path, data: bytes) -> None:
+    """Write a file so that what is there is the old one or the new."""
+    if isinstance(path, RemotePath):
+        path.write_bytes(data)
+        return
+    fresh = path.with_name(f"{path.name}.part")
+    fresh.write_bytes(data)
+    fresh.replace(path)
+
+
+def upload(folder: str, target: Path) -> None:
+    """Copy a local folder with all in it to one in a bucket."""
+    for source in sorted(Path(folder).rglob("*")):
+        if source.is_file():
+            (target / source.relative_to(folder).as_posix()).write_bytes(source.read_bytes())
+
+
 # --- reading data: of many files little at a time, or one from begin to end
 
 
@@ -273,7 +290,7 @@ def glob(pattern: str, files: bool = True) -> list[str]:
     return sorted(named)
 
 
-def open_to_read(path: str) -> BinaryIO:
+def open_to_read(path: str) -> io.BufferedReader:
     """A file to be read from begin to end; of one in a bucket some megabytes are held at a time."""
     if not is_remote(path):
         return open(path, "rb")

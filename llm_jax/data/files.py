@@ -102,7 +102,10 @@ def cached_by_stamp(
     if cached.is_file():
         return read(cached)
     value = compute()
-    if time.time_ns() - max((changed for _, _, changed in stamps if isinstance(changed, int)), default=0) > 2_000_000_000:
+    if (
+        time.time_ns() - max((changed for _, _, changed in stamps if isinstance(changed, int)), default=0)
+        > 2_000_000_000
+    ):
         try:
             write_atomically(cached, lambda path: write(path, value))
         except OSError as e:  # only speed is lost: it is computed anew at the next start

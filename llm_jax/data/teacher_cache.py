@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from llm_jax.errors import DataError
-from llm_jax.storage import Path, as_path
+from llm_jax.storage import Path, as_path, write_whole
 
 HEADER = "cache.json"
 EXTRA = ("teacher_ids", "teacher_log_p")
@@ -114,9 +114,7 @@ def write_cache(
     if not seen:
         raise DataError("there are no rows to keep of the teacher")
     done = dataclasses.replace(header, rows=len(seen), mass=mass / max(weight, 1e-9))
-    part = folder / f"{HEADER}.part"
-    part.write_text(json.dumps(dataclasses.asdict(done), indent=1), encoding="utf-8")
-    part.replace(folder / HEADER)
+    write_whole(folder / HEADER, json.dumps(dataclasses.asdict(done), indent=1).encode())
     return done
 
 
