@@ -26,8 +26,9 @@ def reached(path: Any) -> Iterator[str]:
         return
     if name.startswith("s3://"):
         _teach_s3()
-    commit = ocp.options.AtomicityOptions(mode=ocp.options.AtomicityMode.COMMIT_FILE)
-    with ocp.Context(atomicity_options=commit):
+    context = ocp.Context()
+    context.atomicity.mode = ocp.options.AtomicityMode.COMMIT_FILE
+    with context:
         yield name
 
 

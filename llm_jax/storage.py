@@ -12,6 +12,8 @@ import io
 import os
 import pathlib
 import re
+import shutil
+import tempfile
 import time
 from collections.abc import Iterator
 from types import SimpleNamespace
@@ -131,14 +133,21 @@ class RemotePath(PosixGPath):
     def resolve(self, strict: bool = False) -> "RemotePath":
         return self
 
+    def _kind(self) -> str:
+        """file, directory or nothing. (fsspec's own tests take each failure, such as a connection lost, for a no.)"""
+        try:
+            return self._do("info")["type"]
+        except FileNotFoundError:
+            return ""
+
     def exists(self) -> bool:
-        return self._do("exists")
+        return self._kind() != ""
 
     def is_file(self) -> bool:
-        return self._do("isfile")
+        return self._kind() == "file"
 
     def is_dir(self) -> bool:
-        return self._do("isdir")
+        return self._kind() == "directory"
 
     def stat(self) -> Any:
         return SimpleNamespace(st_size=self._do("info")["size"])
@@ -219,8 +228,6 @@ def remove_tree(path: Path) -> None:
     if isinstance(path, RemotePath):
         path.rmtree(missing_ok=True)
         return
-    import shutil
-
     shutil.rmtree(path, ignore_errors=True)
 
 
@@ -277,7 +284,7 @@ def glob(pattern: str, files: bool = True) -> list[str]:
     fs, found = file_system(pattern.partition(":")[0]), {}
     with _told(pattern), contextlib.suppress(FileNotFoundError):  # no such bucket: it holds no file
         found = fs.glob(pattern, detail=True)
-        if not found and local_glob.has_magic(pattern) and fs.isfile(pattern):
+        if not found and local_glob.has_magic(pattern):
             found = {pattern: fs.info(pattern)}
     named = []
     for name, info in found.items():
@@ -297,6 +304,23 @@ def open_to_read(path: str) -> io.BufferedReader:
     with _told(path):
         file = file_system(path.partition(":")[0]).open(path, "rb", block_size=2**23, cache_type="readahead")
     return io.BufferedReader(file, 2**20)
+
+
+@contextlib.contextmanager
+def at_hand(path: str | os.PathLike) -> Iterator[str]:
+    """The name of a local file with this content, to be opened or mapped while this lasts: of a file in a bucket one in memory, whole."""
+    if not is_remote(path):
+        yield os.fspath(path)
+        return
+    with contextlib.ExitStack() as stack:
+        content = stack.enter_context(open_to_read(os.fspath(path)))
+        if hasattr(os, "memfd_create"):
+            file = stack.enter_context(os.fdopen(os.memfd_create("remote"), "w+b"))
+        else:  # one on disk, without a name
+            file = stack.enter_context(tempfile.TemporaryFile())
+        shutil.copyfileobj(content, file, 2**23)
+        file.flush()
+        yield f"/dev/fd/{file.fileno()}"
 
 
 class Ranges:
