@@ -73,8 +73,8 @@ def get_config():
 @pytest.fixture(scope="module")
 def bucket(corpus: Path, tmp_path_factory: pytest.TempPathFactory):
     """An empty bucket of a server of this process; the variables by which it is found are set for processes that tests start too."""
-    server = pytest.importorskip("moto.server", reason="needs moto and s3fs, of the extra 'remote-tests'")
-    pytest.importorskip("s3fs", reason="needs moto and s3fs, of the extra 'remote-tests'")
+    server = pytest.importorskip("moto.server", reason="needs moto, flask and s3fs of the extra 'dev'")
+    pytest.importorskip("s3fs", reason="needs moto, flask and s3fs of the extra 'dev'")
     logging.getLogger("werkzeug").setLevel(logging.ERROR)
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()):
         running = server.ThreadedMotoServer("127.0.0.1", port=0, verbose=False)
