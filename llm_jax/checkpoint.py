@@ -1,8 +1,9 @@
-"""Checkpoints: complete or absent, written in the background, verified when read. The only module that knows Orbax.
+"""Checkpoints: complete or absent, written in the background, verified when read. With `remote_arrays.py` all that knows Orbax.
 
 A checkpoint is a folder with `params/` (the weights that are evaluated, so that a model loads without its optimizer), `state/` (the rest
 of the train state) and `about/`: `card.json`, `arrays.json` (types and shapes), `tokenizer.json`, `data.json` (the place in the data) and
-their `SHA256SUMS`. Arrays are verified by the hashes in the card.
+their `SHA256SUMS`. Arrays are verified by the hashes in the card. It is complete on a disk once it bears its name, in a bucket once it holds `COMMIT`,
+and it ceases to be so before anything of it is moved or removed.
 """
 
 import asyncio
@@ -12,10 +13,8 @@ import hashlib
 import json
 import logging
 import math
-import shutil
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -26,6 +25,8 @@ from llm_jax.card import Card, content_hash
 from llm_jax.config import Checkpoint
 from llm_jax.errors import CheckpointError, UserError
 from llm_jax.metrics import rising
+from llm_jax.remote_arrays import COMMIT, reached
+from llm_jax.storage import Path, as_path, is_remote, remove_tree
 
 log = logging.getLogger(__name__)
 
@@ -43,7 +44,7 @@ class _Files:
         files = dict(self.files)
 
         async def write():
-            folder = Path(await directory.await_creation())
+            folder = as_path(await directory.await_creation())
             if jax.process_index() == 0:
                 for name, text in files.items():
                     await asyncio.to_thread((folder / name).write_text, text, encoding="utf-8")
@@ -120,7 +121,8 @@ def _load(
         different = _mismatch(arrays[name], _described(abstract))
         if different:
             raise CheckpointError(f"checkpoint {path} is of another shape: {different}")
-    loaded = ocp.load_checkpointables(path, wanted)
+    with reached(path) as name:
+        loaded = ocp.load_checkpointables(name, wanted)
     for name in wanted:
         if content_hash(loaded[name]) != card["hashes"][name]:
             raise ValueError(f"the bits of {name!r} are not those that were saved")
@@ -129,8 +131,16 @@ def _load(
 
 def steps(folder: Path) -> list[int]:
     """The steps that have a checkpoint in a run's folder, ascending."""
-    root = Path(folder) / "checkpoints"
-    return sorted(int(p.name) for p in root.iterdir() if p.name.isdigit() and p.is_dir()) if root.is_dir() else []
+    root = as_path(folder) / "checkpoints"
+    if is_remote(root):
+        whole = [p.parent.name for p in root.glob(f"*/{COMMIT}")]
+    else:
+        whole = [p.name for p in root.iterdir() if p.is_dir()] if root.is_dir() else []
+    return sorted(int(name) for name in whole if name.isdigit())
+
+
+def _is_complete(path: Path) -> bool:
+    return (path / "about").is_dir() and (not is_remote(path) or (path / COMMIT).is_file())
 
 
 def find(path: Path) -> Path:
@@ -139,12 +149,12 @@ def find(path: Path) -> Path:
     Raises:
         CheckpointError: there is none.
     """
-    path = Path(path).absolute()
-    if (path / "about").is_dir():
+    path = as_path(path).absolute()
+    if _is_complete(path):
         return path
     for step in reversed(steps(path)):
         newest = path / "checkpoints" / str(step)
-        if (newest / "about").is_dir():
+        if _is_complete(newest):
             return _best(newest) or newest
     raise CheckpointError(f"no checkpoint in {path}" if path.exists() else f"no such file or folder: {path}")
 
@@ -154,7 +164,7 @@ def _best(newest: Path) -> Path | None:
     try:
         card = json.loads(_texts(newest)["card.json"])
         best = newest.with_name(str(card["best"]["step"]))
-        return best if card["config"]["eval"]["patience"] and (best / "about").is_dir() else None
+        return best if card["config"]["eval"]["patience"] and _is_complete(best) else None
     except (OSError, ValueError, KeyError, TypeError):  # damaged, or of a model that no run made: told when it is read
         return None
 
@@ -209,9 +219,10 @@ def load_optimizer(path: Path, place: Callable[[Any], Any]) -> Any:
             f"{path} holds a model without the state of an optimizer: only a run's checkpoint has one"
         )
     try:
-        saved = ocp.checkpointables_metadata(path).metadata["state"]
-        shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), saved)
-        loaded = ocp.load_checkpointables(path, {"state": abstract_like(shapes, place(shapes))})["state"]
+        with reached(path) as name:
+            saved = ocp.checkpointables_metadata(name).metadata["state"]
+            shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), saved)
+            loaded = ocp.load_checkpointables(name, {"state": abstract_like(shapes, place(shapes))})["state"]
         if content_hash(loaded) != read_card(path)["hashes"]["state"]:
             raise ValueError("the bits of 'state' are not those that were saved")
     except UserError:
@@ -223,13 +234,15 @@ def load_optimizer(path: Path, place: Callable[[Any], Any]) -> Any:
 
 def save_params(path: Path, params: Any, card: Card, tokenizer: str | None = None) -> None:
     """Write a checkpoint of the weights alone, with its card. Raises CheckpointError when `path` exists or the disk is full."""
-    path = Path(path).absolute()
+    path = as_path(path).absolute()
     if path.is_file() or (path.is_dir() and any(path.iterdir())):
         raise CheckpointError(f"{path} exists already")
+    about = _about(card, {"params": params}, tokenizer, None)
     try:
-        ocp.save_checkpointables(
-            path, {"params": params, "about": _about(card, {"params": params}, tokenizer, None)}, overwrite=True
-        )
+        with reached(path) as name:
+            ocp.save_checkpointables(name, {"params": params, "about": about}, overwrite=True)
+    except UserError:
+        raise
     except Exception as e:
         _remove_unfinished(path.parent, path.name)
         raise _failed(e, path) from e
@@ -266,9 +279,13 @@ def _failed(error: BaseException, where: Path) -> CheckpointError:
 
 def _remove_unfinished(folder: Path, name: str = "") -> None:
     """Remove what saves and removals that were cut short left in a folder."""
-    for pattern in (f"{name}*orbax-checkpoint-tmp*", f"{name}*.removing*"):
-        for path in folder.glob(pattern):
-            shutil.rmtree(path, ignore_errors=True)
+    if is_remote(folder):
+        held = [folder / name] if name else folder.iterdir() if folder.is_dir() else ()
+        found = [path for path in held if ".damaged" not in path.name and not (path / COMMIT).is_file()]
+    else:
+        found = [*folder.glob(f"{name}*orbax-checkpoint-tmp*"), *folder.glob(f"{name}*.removing*")]
+    for path in found:
+        remove_tree(path)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -285,7 +302,7 @@ class Checkpoints:
     """The checkpoints of one run: saves in the background, keeps the newest and the best, falls back past damaged ones."""
 
     def __init__(self, folder: Path, settings: Checkpoint):
-        self.root = Path(folder).absolute() / "checkpoints"
+        self.root = as_path(folder).absolute() / "checkpoints"
         self.settings = settings
         self._background = ThreadPoolExecutor(1, "checkpoint")
         self._saving: Future[None] | None = None
@@ -329,6 +346,8 @@ class Checkpoints:
         """Rename a damaged checkpoint, so that its step can be saved again."""
         aside = _free_name(path.with_name(f"{path.name}.damaged"))
         if jax.process_index() == 0:
+            if is_remote(path):
+                (path / COMMIT).unlink(missing_ok=True)
             path.rename(aside)
         log.warning(
             "checkpoint %s is incomplete or damaged (%s): set aside as %s, falling back to %s",
@@ -348,7 +367,8 @@ class Checkpoints:
         path = self.root / str(step)
         try:
             about = _about(card, {"params": params, "state": state}, tokenizer, data)
-            response = ocp.save_checkpointables_async(path, {"params": params, "state": state, "about": about})
+            with reached(path) as name:
+                response = ocp.save_checkpointables_async(name, {"params": params, "state": state, "about": about})
         except Exception as e:
             raise _failed(e, path) from e
         self._saving = self._background.submit(self._complete, response, path)
@@ -368,9 +388,12 @@ class Checkpoints:
         sign = -1 if self.settings.best and rising(self.settings.best) else 1
         kept = {*known[-self.settings.keep :], *sorted(scores, key=lambda step: sign * scores[step])[:1]}
         for step in set(known) - kept:
-            gone = _free_name(self.root / f"{step}.removing")
-            (self.root / str(step)).rename(gone)
-            shutil.rmtree(gone, ignore_errors=True)
+            gone = self.root / str(step)
+            if is_remote(gone):
+                (gone / COMMIT).unlink()
+            else:
+                gone = gone.rename(_free_name(self.root / f"{step}.removing"))
+            remove_tree(gone)
 
     def _score(self, step: int) -> float:
         """The held-out metric of a checkpoint at its own step, by which the best is kept; not finite where there is none."""
@@ -392,7 +415,8 @@ class Checkpoints:
             self.wait()
         except CheckpointError as e:
             log.warning("%s", e)
-        _remove_unfinished(self.root)
+        if jax.process_index() == 0:
+            _remove_unfinished(self.root)
 
 
 def _free_name(path: Path) -> Path:

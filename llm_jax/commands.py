@@ -382,11 +382,10 @@ def _show(arguments: Sequence[str]) -> None:
     parser = _parser("show", _show, "python -m llm_jax show runs/quickstart")
     parser.add_argument("checkpoint", help="a checkpoint or a run's folder")
     options = parser.parse_args(arguments)
-    from pathlib import Path
 
     from llm_jax.checkpoint import read_card
 
-    print(json.dumps(read_card(Path(options.checkpoint)), indent=1))
+    print(json.dumps(read_card(options.checkpoint), indent=1))
 
 
 def _with_tokenizer(loaded: Any) -> Any:

@@ -5,8 +5,9 @@ import math
 import os
 import sys
 import time
-from pathlib import Path
 from typing import Any
+
+from llm_jax.storage import PACKAGES, Growing, Path, as_path, is_remote, write_whole
 
 
 class Metrics:
@@ -23,12 +24,14 @@ class Metrics:
             TimeRemainingColumn,
         )
 
-        path = Path(os.devnull) if silent else Path(folder) / "metrics.jsonl"
-        if not silent:
-            keep_until(path, start)
-        self._file = path.open("a", encoding="utf-8")
-        self._board = _summary_writer()(
-            str(Path(folder) / "tensorboard"),
+        path = as_path(os.devnull if silent else folder / "metrics.jsonl")
+        self._file = Growing(path, b"" if silent else keep_until(path, start))
+        self._boards = _Boards()
+        writer = _summary_writer()
+        if is_remote(folder):
+            self._boards.register()
+        self._board = writer(
+            str(folder / "tensorboard"),
             purge_step=start + 1,
             flush_secs=30,
             filename_suffix=f".{start}",
@@ -53,7 +56,7 @@ class Metrics:
     def write(self, step: int, values: dict[str, Any]) -> None:
         """One object a step, in metrics.jsonl and on the board; what is not finite is null in the one and left out on the other."""
         plain = {name: None if isinstance(x, float) and not math.isfinite(x) else x for name, x in values.items()}
-        self._file.write(json.dumps({"step": step, **plain}) + "\n")
+        self._file.write((json.dumps({"step": step, **plain}) + "\n").encode())
         self._file.flush()
         for name, value in plain.items():
             if value is not None:
@@ -71,11 +74,38 @@ class Metrics:
         """A line above the bar."""
         self._console.print(text, highlight=False, markup=False, soft_wrap=True)
 
+    def sync(self) -> None:
+        """Have all that was written in the files, so that a run that goes on from here finds it."""
+        self._board.flush()
+        for file in (self._file, *self._boards.files):
+            file.sync()
+
     def close(self) -> None:
         """Flush and release the files."""
         self._bar.stop()
         self._file.close()
         self._board.close()
+
+
+class _Boards:
+    """Event files in a bucket, in the interface by which tensorboardX opens what is on no disk."""
+
+    def __init__(self) -> None:
+        self.files: list[Growing] = []
+
+    def register(self) -> None:
+        """Have tensorboardX, once imported, open such files by this."""
+        from tensorboardX import record_writer
+
+        for scheme in PACKAGES:
+            record_writer.register_writer_factory(scheme, self)
+
+    def open(self, path: str) -> Growing:
+        self.files.append(Growing(path))
+        return self.files[-1]
+
+    def directory_check(self, path: str) -> None:
+        """A bucket has no folders to make."""
 
 
 def _summary_writer() -> Any:
@@ -90,10 +120,10 @@ def _summary_writer() -> Any:
     return SummaryWriter
 
 
-def keep_until(path: Path, step: int) -> None:
-    """Drop the lines of a metrics file beyond a step, and a last line that was cut short: what was written after the checkpoint."""
+def keep_until(path: Path, step: int) -> bytes:
+    """Drop the lines of a metrics file beyond a step, and a last line that was cut short: what was written after the checkpoint. Returns the rest."""
     if not path.exists():
-        return
+        return b""
     kept = []
     for line in path.read_text(encoding="utf-8").splitlines():
         try:
@@ -103,21 +133,21 @@ def keep_until(path: Path, step: int) -> None:
         if entry["step"] > step:
             break
         kept.append(line + "\n")
-    fresh = path.with_suffix(".part")
-    fresh.write_text("".join(kept), encoding="utf-8")
-    fresh.replace(path)
+    rest = "".join(kept).encode()
+    write_whole(path, rest)
+    return rest
 
 
 def read(path: Path) -> list[dict[str, Any]]:
     """The objects of a metrics file."""
-    return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
+    return [json.loads(line) for line in as_path(path).read_text(encoding="utf-8").splitlines()]
 
 
 def draw_curves(folder: Path) -> Path:
     """curves.png: training and held-out loss, and the learning rate, over the steps."""
     from matplotlib.figure import Figure  # not pyplot, whose backend is the caller's affair
 
-    entries = read(Path(folder) / "metrics.jsonl")
+    entries = read(folder / "metrics.jsonl")
     figure = Figure(figsize=(8, 6), layout="constrained")
     top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
     for name, label, style in (
@@ -137,6 +167,6 @@ def draw_curves(folder: Path) -> Path:
     bottom.set_xlabel("step")
     for axis in (top, bottom):
         axis.spines[["top", "right"]].set_visible(False)
-    path = Path(folder) / "curves.png"
-    figure.savefig(path, dpi=120)
-    return path
+    with (folder / "curves.png").open("wb") as file:
+        figure.savefig(file, format="png", dpi=120)
+    return folder / "curves.png"

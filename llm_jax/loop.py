@@ -8,7 +8,6 @@ import functools
 import json
 import logging
 import time
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -24,6 +23,7 @@ from llm_jax.errors import CheckpointError, NonFiniteError, choose
 from llm_jax.metrics import rising
 from llm_jax.parts import Parts, build, cost_told, describe
 from llm_jax.platform import await_buffers, gather, release_freed_memory, setup
+from llm_jax.storage import Path, as_path
 from llm_jax.tasks.base import Judgement
 from llm_jax.times import Times, Trace
 
@@ -70,7 +70,7 @@ def _train(run: Run, others: processes.Together, begin: float) -> dict[str, Any]
             raise CheckpointError(
                 f"no space left on the disk of {run.folder}: the run stopped; its earlier checkpoints are intact"
             ) from e
-        if isinstance(e.filename, str) and _concerns(Path(e.filename).absolute(), run.folder.absolute()):
+        if isinstance(e.filename, str) and _concerns(as_path(e.filename).absolute(), run.folder.absolute()):
             raise CheckpointError(f"cannot write {e.filename}: {e.strerror}") from e
         raise
     finally:
@@ -407,6 +407,7 @@ class _Session:
             best=self.best,
             **self.counts,
         )
+        self.metrics.sync()
         self.saved.save(self.at, params, rest, data, card, parts.tokenizer.to_json())
         self._lap()
 

@@ -4,13 +4,13 @@ NumPy on what one process holds. Gathering the answers of a model belongs to `ev
 """
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Int
 
 from llm_jax.errors import ConfigError, DataError, suggest
+from llm_jax.storage import Path, as_path
 
 RISING = ("accuracy", "precision", "recall", "f1", "exact_match", "bleu")
 """metrics of which more is better"""
@@ -210,8 +210,9 @@ def draw_confusion(matrix: Int[np.ndarray, "C C"], names: Sequence[str], path: s
     bar.set_label("share of the true class")
     for spine in (*axis.spines.values(), bar.outline):
         spine.set(color="0.6", linewidth=0.8)
-    figure.savefig(path, dpi=120, bbox_inches="tight")
-    return Path(path)
+    with as_path(path).open("wb") as file:
+        figure.savefig(file, format="png", dpi=120, bbox_inches="tight")
+    return as_path(path)
 
 
 def draw_calibration(
@@ -237,5 +238,6 @@ def draw_calibration(
     bottom.set_xlim(0, 1)
     for axis in (top, bottom):
         axis.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=120)
-    return Path(path)
+    with as_path(path).open("wb") as file:
+        figure.savefig(file, format="png", dpi=120)
+    return as_path(path)

@@ -7,7 +7,6 @@ import importlib
 import json
 import re
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -22,6 +21,7 @@ from llm_jax.errors import CheckpointError, UserError
 from llm_jax.models import transformer
 from llm_jax.models.config import ModelConfig
 from llm_jax.models.heads import Outputs
+from llm_jax.storage import Path, as_path
 from llm_jax.transforms.prune import check_sparsity
 
 
@@ -58,7 +58,7 @@ def locate(path: str | Path) -> tuple[str, Path]:
     """
     if str(path).startswith("asset:"):
         path = assets.checkpoint_path(str(path).removeprefix("asset:"))
-    path = Path(path).expanduser()
+    path = as_path(path).expanduser()
     if path.suffix == ".gguf":
         return "gguf", path
     foreign = (path / "config.json").is_file() and not (path / "checkpoints").is_dir() and not (path / "about").is_dir()
@@ -123,7 +123,7 @@ def abstract_params(config: ModelConfig, mesh: jax.sharding.Mesh) -> transformer
 def save(model: Model, path: str | Path) -> None:
     """Write the model as a checkpoint with its card. Raises CheckpointError when `path` exists already or the disk is full."""
     card = {
-        "name": Path(path).name,
+        "name": as_path(path).name,
         "parents": [],
         "transforms": [],
         "code": code_version(),
@@ -132,7 +132,7 @@ def save(model: Model, path: str | Path) -> None:
         "model": to_dict(model.config),
     }
     checkpoint.save_params(
-        Path(path), model.params, card, None if model.tokenizer is None else model.tokenizer.to_json()
+        as_path(path), model.params, card, None if model.tokenizer is None else model.tokenizer.to_json()
     )
 
 

@@ -1,7 +1,6 @@
 """What a run leaves in its folder at the end: result.json, card.json, the curves, samples, and the judgement of each held-out example."""
 
 import json
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -9,6 +8,7 @@ import jax
 from llm_jax import checkpoint, generation
 from llm_jax import log as logs
 from llm_jax.parts import Parts
+from llm_jax.storage import Path
 from llm_jax.tasks.base import Judgement
 
 TOKENS = 64

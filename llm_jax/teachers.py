@@ -2,7 +2,6 @@
 
 import dataclasses
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -14,6 +13,7 @@ from llm_jax.config import Run
 from llm_jax.data.teacher_cache import HEADER, Header, data_fingerprint, write_cache
 from llm_jax.errors import ConfigError, DataError
 from llm_jax.models import transformer
+from llm_jax.storage import Path, as_path
 from llm_jax.transforms import Transform
 
 
@@ -38,7 +38,7 @@ def cache(run: Run, teacher: str, folder: str | Path, k: int = 32, temperature: 
         raise ConfigError("cache: the rows of a run are written by one process")
     if not temperature > 0:
         raise ConfigError(f"cache: temperature is {temperature}: it must be above 0")
-    if (Path(folder) / HEADER).exists():
+    if (as_path(folder) / HEADER).exists():
         raise DataError(f"{folder} holds a cache already")
     sizes = model.sizes(teacher).replace(dropout=0.0, remat="none")
     if sizes.head not in ("lm", "mlm"):
@@ -64,7 +64,7 @@ def cache(run: Run, teacher: str, folder: str | Path, k: int = 32, temperature: 
 
         header = Header(content_hash(loaded.params), data_fingerprint(made.train.fingerprint()), k, temperature)
         with jax.set_mesh(made.mesh):
-            return write_cache(Path(folder), header, batches())
+            return write_cache(as_path(folder), header, batches())
     except OSError as e:
         if e.filename is None and not checkpoint.is_full(e):
             raise
@@ -76,5 +76,5 @@ def cache(run: Run, teacher: str, folder: str | Path, k: int = 32, temperature: 
 
 def describe(header: Header, folder: str | Path) -> dict[str, Any]:
     """What was written, for the command's answer."""
-    size = sum(path.stat().st_size for path in Path(folder).iterdir())
+    size = sum(path.stat().st_size for path in as_path(folder).iterdir())
     return {**dataclasses.asdict(header), "bytes": size, "path": str(folder)}

@@ -1,11 +1,13 @@
 """Where the time of a run goes: its parts by name, and a trace of chosen steps for a profiler."""
 
 import contextlib
+import tempfile
 import time
 from collections.abc import Iterator
-from pathlib import Path
 
 import jax
+
+from llm_jax.storage import Path, is_remote, upload
 
 PARTS = ("start", "compile", "input", "step", "evaluation", "checkpoint")
 """From the command to the first batch; the first step; waiting for rows; the other steps; evaluations; what saves hold the loop up"""
@@ -45,11 +47,13 @@ class Trace:
     def __init__(self, folder: Path, steps: tuple[int, int]):
         self.folder, (self.first, self.last) = folder / "profile", steps
         self.running = False
+        # The profiler writes to a disk; what goes into a bucket is copied there when it is done.
+        self.written = tempfile.TemporaryDirectory() if self.last and is_remote(folder) else None
 
     def before(self, step: int) -> None:
         """Begin where the first step is due, or was passed before a resume."""
         if not self.running and self.last and self.first <= step <= self.last:
-            jax.profiler.start_trace(str(self.folder))
+            jax.profiler.start_trace(self.written.name if self.written else str(self.folder))
             self.running = True
 
     def after(self, step: int, state: object) -> None:
@@ -63,3 +67,6 @@ class Trace:
         if self.running:
             self.running = False
             jax.profiler.stop_trace()
+            if self.written:
+                upload(self.written.name, self.folder)
+                self.written.cleanup()

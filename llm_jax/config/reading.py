@@ -3,18 +3,18 @@
 import contextlib
 import dataclasses
 import difflib
-import importlib.util
 import io
 import json
 import re
 import traceback
+import types
 import typing
-from pathlib import Path
 from typing import Any
 
 from llm_jax.config import records
 from llm_jax.config.records import Run, to_dict
 from llm_jax.errors import ConfigError, UserError, suggest
+from llm_jax.storage import Path, as_path
 
 
 def load(path: str | Path) -> Run:
@@ -23,27 +23,24 @@ def load(path: str | Path) -> Run:
     Raises:
         ConfigError: no such file, no `get_config` in it, an error in it, or a value that is not allowed.
     """
-    path = Path(path)
+    path = as_path(path)
     if not path.is_file():
         near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.py")], n=1)
         raise ConfigError(f"no config file {path}" + (f"; did you mean {path.with_name(near[0])}?" if near else ""))
-    spec = importlib.util.spec_from_file_location(f"_config_{path.stem}", path)
-    if spec is None or spec.loader is None:
+    if path.suffix != ".py":
         raise ConfigError(f"{path} is not a Python file")
-    module = importlib.util.module_from_spec(spec)
+    name = str(path.absolute())
+    module = types.ModuleType(f"_config_{path.stem}")
+    module.__file__ = name
     try:
-        spec.loader.exec_module(module)
+        exec(compile(path.read_bytes(), name, "exec"), vars(module))
         if not hasattr(module, "get_config"):
             raise ConfigError(f"{path} has no function get_config()")
         run = module.get_config()
     except UserError:
         raise
     except Exception as e:
-        lines = [
-            f":{frame.lineno}"
-            for frame in traceback.extract_tb(e.__traceback__)
-            if Path(frame.filename) == path.absolute()
-        ]
+        lines = [f":{frame.lineno}" for frame in traceback.extract_tb(e.__traceback__) if frame.filename == name]
         said = _with_suggestion(str(e), vars(module))
         raise ConfigError(f"{path}{''.join(lines[-1:])}: {type(e).__name__}: {said}") from e
     if not isinstance(run, Run):

@@ -2,11 +2,11 @@
 
 import dataclasses
 import re
-from pathlib import Path
 from typing import Any
 
 from llm_jax.errors import ConfigError, choose
 from llm_jax.models.config import ModelConfig
+from llm_jax.storage import Path, as_path
 
 
 def positive(record: Any, where: str, *names: str, least: float = 1) -> None:
@@ -259,7 +259,7 @@ class Run:
     @property
     def folder(self) -> Path:
         """The folder of the run's results."""
-        return Path(self.workdir or Path("runs") / self.name)
+        return as_path(self.workdir or f"runs/{self.name}")
 
 
 def to_dict(record: Any) -> Any:

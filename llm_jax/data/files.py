@@ -17,7 +17,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from llm_jax import storage
 from llm_jax.errors import DataError
+from llm_jax.storage import as_path
 
 BOM = b"\xef\xbb\xbf"
 
@@ -36,13 +38,18 @@ def cache_folder() -> Path:
 
 def _nearest(pattern: str) -> str:
     """A hint for a pattern that names nothing: the entry nearest to its first part that does not exist."""
-    parts = Path(pattern).parts
-    here = Path(parts[0]) if Path(pattern).is_absolute() else Path()
-    for part in parts[1:] if Path(pattern).is_absolute() else parts:
+    whole = as_path(pattern)
+    here = storage.top(whole)
+    for part in whole.relative_to(here).parts:
         if not glob.has_magic(part) and (here / part).is_dir():
             here = here / part
             continue
-        names = sorted(os.listdir(here)) if os.access(here, os.R_OK) else []
+        try:
+            names = sorted(path.name for path in here.iterdir())
+        except FileNotFoundError:
+            return f"; there is no {here}"
+        except PermissionError:
+            names = []
         near = difflib.get_close_matches(part, names, n=1, cutoff=0.5)
         where = "the current folder" if here == Path() else str(here)
         if near:
@@ -61,21 +68,13 @@ def expand(spec: str) -> list[str]:
     pattern = os.path.expanduser(spec.partition(":")[2])
     if not pattern:
         raise DataError(f"source {spec!r} names no file: say {spec}PATH or {spec}FOLDER/**")
-    paths = sorted(path for path in glob.glob(pattern, recursive=True) if os.path.isfile(path))
-    # A name that holds [ or ] itself is taken literally when it exists.
-    if not paths and os.path.isfile(pattern):
-        paths = [pattern]
+    paths = storage.glob(pattern)
     if not paths:
         raise DataError(f"source {spec!r}: no file matches{_nearest(pattern)}")
     for path in paths:
-        if not os.access(path, os.R_OK):
+        if not storage.is_remote(path) and not os.access(path, os.R_OK):
             raise DataError(f"{path}: no permission to read it")
     return paths
-
-
-def _stamp(path: str) -> tuple[str, int, int]:
-    status = os.stat(path)
-    return os.path.abspath(path), status.st_size, status.st_mtime_ns
 
 
 def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
@@ -93,17 +92,20 @@ def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
 def cached_by_stamp(
     kind: str, paths: Sequence[str], suffix: str, compute: Callable, read: Callable, write: Callable
 ) -> Any:
-    """`compute()`, kept under the cache folder for as long as path, size and modification time of the files stay.
+    """`compute()`, kept under the cache folder for as long as path, size and modification time of the files stay, or in a bucket their tag.
 
-    Files changed within the last two seconds are not trusted: a second write of the same size could bear the same time.
+    Local files changed within the last two seconds are not trusted: a second write of the same size could bear the same time.
     """
-    stamps = [_stamp(path) for path in paths]
+    stamps = [storage.stamp(path) for path in paths]
     key = hashlib.sha256(json.dumps([kind, stamps]).encode()).hexdigest()
     cached = cache_folder() / kind / f"{key}{suffix}"
     if cached.is_file():
         return read(cached)
     value = compute()
-    if time.time_ns() - max(stamp[2] for stamp in stamps) > 2_000_000_000:
+    if (
+        time.time_ns() - max((changed for _, _, changed in stamps if isinstance(changed, int)), default=0)
+        > 2_000_000_000
+    ):
         try:
             write_atomically(cached, lambda path: write(path, value))
         except OSError as e:  # only speed is lost: it is computed anew at the next start
@@ -115,13 +117,13 @@ def fingerprint(paths: Sequence[str]) -> str:
     """sha256 of the files' names, relative to the folder they share, and of their whole contents."""
 
     def compute() -> str:
-        root = os.path.commonpath([os.path.dirname(os.path.abspath(path)) for path in paths])
+        root = os.path.commonpath([os.path.dirname(storage.absolute(path)) for path in paths])
         total = hashlib.sha256()
         for path in paths:
-            with open(path, "rb") as file:
+            with storage.open_to_read(path) as file:
                 content = hashlib.file_digest(file, "sha256").hexdigest()
             total.update(
-                f"{os.path.relpath(os.path.abspath(path), root)}\0{content}\n".encode("utf-8", "surrogateescape")
+                f"{os.path.relpath(storage.absolute(path), root)}\0{content}\n".encode("utf-8", "surrogateescape")
             )
         return total.hexdigest()
 
@@ -188,7 +190,7 @@ class FileSource:
     def __init__(self, spec: str, skip_invalid: bool):
         self.spec, self.skip_invalid, self.paths = spec, skip_invalid, expand(spec)
         for path in self.paths:
-            if os.path.getsize(path) == 0:
+            if storage.stamp(path)[1] == 0:
                 raise DataError(f"{path}: the file is empty: remove it, or narrow {spec!r}")
 
     @functools.cached_property

@@ -1,6 +1,6 @@
 """Records by index from jsonl and csv files: an index of byte offsets finds a record, its own bytes are parsed.
 
-The index of a file is made once and kept in the cache folder. Files and indices are mapped, not held.
+The index of a file is made once and kept in the cache folder. Files and indices are mapped, not held; of a file in a bucket a record is a request.
 """
 
 import csv
@@ -14,6 +14,7 @@ from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
+from llm_jax import storage
 from llm_jax.config import Data
 from llm_jax.data import files
 from llm_jax.data.files import Record
@@ -24,12 +25,15 @@ class _Mapped(NamedTuple):
     """A file, and of each of its records where it lies."""
 
     places: np.ndarray
-    content: mmap.mmap
+    content: mmap.mmap | storage.Ranges
 
 
 def _map_files(paths: list[str], index: Callable[[str], np.ndarray]) -> list[_Mapped]:
     mapped = []
     for path in paths:
+        if storage.is_remote(path):
+            mapped.append(_Mapped(index(path), storage.Ranges(path)))
+            continue
         with open(path, "rb") as file:
             mapped.append(_Mapped(index(path), mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)))
     return mapped
@@ -56,12 +60,14 @@ class _Indexed(files.FileSource):
     def __len__(self) -> int:
         return int(self._ends[-1])
 
-    def _find(self, index: int) -> tuple[int, list[int], mmap.mmap]:
-        """Number of the file of a record, what the file's index says of the record, and the file's content."""
+    def _find(self, index: int) -> tuple[int, list[int], int, mmap.mmap | storage.Ranges]:
+        """Number of the file of a record, what the file's index says of the record, where the next begins, and the file's content."""
         index = files.check_index(index, len(self))
         which = int(np.searchsorted(self._ends, index, side="right"))
-        mapped = self._open()[which]
-        return which, mapped.places[index - (int(self._ends[which - 1]) if which else 0)].tolist(), mapped.content
+        places, content = self._open()[which]
+        at = index - (int(self._ends[which - 1]) if which else 0)
+        following = int(places[at + 1][0]) if at + 1 < len(places) else len(content)
+        return which, places[at].tolist(), following, content
 
 
 # --- jsonl
@@ -70,7 +76,7 @@ class _Indexed(files.FileSource):
 def _find_lines(path: str) -> np.ndarray:
     """(records, 2) of byte offset and line number of each line that is not blank."""
     found, offset = array("q"), 0
-    with open(path, "rb") as file:
+    with storage.open_to_read(path) as file:
         for number, line in enumerate(file, 1):
             if number == 1 and line.startswith(files.BOM):
                 offset, line = len(files.BOM), line[len(files.BOM) :]
@@ -91,9 +97,8 @@ class JsonLines(_Indexed):
         super().__init__(spec, data, _line_index, "every line is blank")
 
     def __getitem__(self, index: int) -> Record:
-        which, (start, number), content = self._find(index)
-        stop = content.find(b"\n", start)
-        line = content[start : len(content) if stop < 0 else stop]
+        which, (start, number), following, content = self._find(index)
+        line = content[start:following].partition(b"\n")[0]  # blank lines may come after it
         name = f"{self.paths[which]}:{number}"
         return files.guard(lambda: _parse(line, name, start), name, self.skip_invalid)
 
@@ -165,7 +170,7 @@ def _find_rows(path: str) -> np.ndarray:
     The characters that mean something in these files are the same bytes in Latin-1 as in UTF-8.
     """
     found, columns = array("q"), 0
-    with open(path, "rb") as file:
+    with storage.open_to_read(path) as file:
         file.seek(len(files.BOM) if file.read(len(files.BOM)) == files.BOM else 0)
         lines = _Counted(file)
         rows = _rows(iter(lines), path)
@@ -199,7 +204,7 @@ def _header(path: str) -> list[str]:
         DataError: one is empty or not UTF-8, or two are equal.
     """
     start, stop, number = _kept("rows", path, _find_rows)[0].tolist()
-    with open(path, "rb") as file:
+    with storage.open_to_read(path) as file:
         file.seek(start)
         content = file.read(stop - start)
     try:
@@ -225,7 +230,7 @@ class CsvFiles(_Indexed):
         self._columns = [_header(path) for path in self.paths]
 
     def __getitem__(self, index: int) -> Record:
-        which, (start, stop, number), content = self._find(index)
+        which, (start, stop, number), _, content = self._find(index)
         name = f"{self.paths[which]}:{number}"
         return files.guard(lambda: self._read(which, content[start:stop], name, start), name, self.skip_invalid)
 

@@ -25,9 +25,13 @@ from llm_jax.data.packing import STREAMS, Bucketed, Packed, Row, collate
 from llm_jax.data.sources import Source
 from llm_jax.data.tokenizer import Tokenizer
 from llm_jax.errors import ConfigError, DataError, choose
+from llm_jax.storage import is_remote
 
 PACK_ROWS = 256
 """rows' worth of pieces that a window holds at least, so that packing fills the rows"""
+REQUESTS = 16
+"""records of a source in a bucket that are asked for at a time"""
+
 READ_AHEAD = 4
 """batches made ahead by the thread, and by each worker process"""
 
@@ -163,8 +167,10 @@ class Loader:
             self._batch.length,
             self._capacity(self._batch.length),
         )
-        # Grain's reading threads would gain nothing: encoding a text holds the interpreter's lock.
-        inline = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
+        # Grain's reading threads gain nothing on a disk, since encoding a text holds the interpreter's lock. From a bucket each record is a request
+        # to wait for, so that many are under way at once; the order is the same.
+        threads = REQUESTS if any(is_remote(source.spec.partition(":")[2]) for source in self._sources) else 0
+        reading = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=4 * threads)
         pairs = [self._pairs(which, shard) for which in range(len(self._sources))]
         if not self._train:
             pairs = [np.concatenate(pairs)]
@@ -175,7 +181,7 @@ class Loader:
                 dataset = dataset.shuffle(self._seed_of(shard, "documents", which)).repeat()
             dataset = dataset.random_map(read, seed=self._seed_of(shard, "examples", which))
             # Over the border of two epochs, nearly all documents may come twice before one that yields an example.
-            parts.append(Pieces(dataset.to_iter_dataset(inline), limit=2 * len(part)))
+            parts.append(Pieces(dataset.to_iter_dataset(reading), limit=2 * len(part)))
         if len(parts) == 1:
             return parts[0]
         return grain.IterDataset.mix(parts, list(self._data.weights or map(len, self._documents)))

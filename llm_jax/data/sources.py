@@ -10,9 +10,10 @@ Every source reads on access, can be pickled (open files are not carried along),
 import glob
 import os
 from collections.abc import Callable
-from pathlib import Path
+from pathlib import PurePath
 from typing import Any, Protocol
 
+from llm_jax import storage
 from llm_jax.config import Data
 from llm_jax.data import assets, files, lines, tables
 from llm_jax.data.files import Record
@@ -51,7 +52,7 @@ def open_source(spec: str, data: Data) -> Source:
     """
     scheme, colon, _ = spec.partition(":")
     if not colon:
-        known = _SUFFIXES.get(Path(spec).suffix, "text")
+        known = _SUFFIXES.get(PurePath(spec).suffix, "text")
         raise DataError(f"source {spec!r} has no scheme: say {known}:{spec}, or one of {', '.join(_SCHEMES)}")
     if scheme not in _SCHEMES:
         raise DataError(f"unknown scheme {scheme!r} of source {spec!r}{suggest(scheme, _SCHEMES)}")
@@ -91,7 +92,7 @@ class TextFiles(files.FileSource):
         return files.guard(lambda: self._read(path), path, self.skip_invalid)
 
     def _read(self, path: str) -> Record:
-        content = Path(path).read_bytes()
+        content = storage.as_path(path).read_bytes()
         mark = len(files.BOM) if content.startswith(files.BOM) else 0
         return {"id": path, self._field: files.decode(content[mark:], path, mark)}
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from llm_jax import storage
 from llm_jax.config import Data
 from llm_jax.data import files
 from llm_jax.data.files import Record
@@ -56,7 +57,8 @@ class _RowGroups:
             key = path, group
             if key not in self._held:
                 if path not in self._files:
-                    self._files[path] = pyarrow.parquet.ParquetFile(path)
+                    name, system = storage.for_arrow(path)
+                    self._files[path] = pyarrow.parquet.ParquetFile(name, filesystem=system)
                 self._held[key] = self._files[path].read_row_group(group)
                 self._bytes += self._held[key].nbytes
                 while self._bytes > ROW_GROUP_CACHE and len(self._held) > 1:
@@ -80,8 +82,9 @@ class ParquetFiles(files.FileSource):
         self._groups: list[tuple[int, int, int]] = []  # (file, row group, row of the file it begins with)
         counts = []
         for which, path in enumerate(self.paths):
+            name, system = storage.for_arrow(path)
             try:
-                meta = pyarrow.parquet.read_metadata(path)
+                meta = pyarrow.parquet.read_metadata(name, filesystem=system)
             except (pyarrow.ArrowInvalid, OSError) as e:
                 raise DataError(f"{path}: not a parquet file: {str(e).splitlines()[0]}") from e
             if not meta.num_rows:

@@ -8,14 +8,13 @@ A row's key is a digest of all that the model reads and is asked in it, so that 
 import dataclasses
 import hashlib
 import json
-import os
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from llm_jax.errors import DataError
+from llm_jax.storage import Path, as_path, write_whole
 
 HEADER = "cache.json"
 EXTRA = ("teacher_ids", "teacher_log_p")
@@ -89,12 +88,13 @@ def write_cache(
         nonlocal shards
         keys, ids, log_p = zip(*pending)
         small = np.uint16 if max(int(x.max()) for x in ids) < 2**16 else np.int32
-        np.savez(
-            folder / f"{shards:05d}.npz",
-            keys=np.stack([np.frombuffer(key, np.uint8) for key in keys]),
-            ids=np.stack(ids).astype(small),
-            log_p=np.stack(log_p).astype(np.float16),
-        )
+        with (folder / f"{shards:05d}.npz").open("wb") as file:
+            np.savez(
+                file,
+                keys=np.stack([np.frombuffer(key, np.uint8) for key in keys]),
+                ids=np.stack(ids).astype(small),
+                log_p=np.stack(log_p).astype(np.float16),
+            )
         pending.clear()
         shards += 1
 
@@ -114,9 +114,7 @@ def write_cache(
     if not seen:
         raise DataError("there are no rows to keep of the teacher")
     done = dataclasses.replace(header, rows=len(seen), mass=mass / max(weight, 1e-9))
-    part = folder / f"{HEADER}.part"
-    part.write_text(json.dumps(dataclasses.asdict(done), indent=1), encoding="utf-8")
-    os.replace(part, folder / HEADER)
+    write_whole(folder / HEADER, json.dumps(dataclasses.asdict(done), indent=1).encode())
     return done
 
 
@@ -133,7 +131,7 @@ class TeacherCache:
     """
 
     def __init__(self, folder: str | Path, teacher: str = "", data: str = ""):
-        self.folder = Path(folder)
+        self.folder = as_path(folder)
         self.header = read_header(self.folder)
         for what, there, here in (("teacher", self.header.teacher, teacher), ("data", self.header.data, data)):
             if here and there != here:
@@ -141,7 +139,7 @@ class TeacherCache:
         self._shards: list[tuple[np.ndarray, np.ndarray]] = []
         self._places: dict[bytes, tuple[int, int]] = {}
         for path in sorted(self.folder.glob("*.npz")):
-            with np.load(path) as shard:
+            with path.open("rb") as file, np.load(file) as shard:
                 for i, key in enumerate(shard["keys"]):
                     self._places[key.tobytes()] = (len(self._shards), i)
                 self._shards.append((shard["ids"], shard["log_p"]))

@@ -18,6 +18,7 @@ from jaxtyping import Bool, Int
 
 from llm_jax.data import assets, vocabulary, words
 from llm_jax.errors import DataError, choose, suggest
+from llm_jax.storage import as_path, is_remote
 
 Texts = Iterable[str] | Callable[[], Iterable[str]]
 """Texts to train on, or a function that gives them afresh, called only when they are needed."""
@@ -233,7 +234,7 @@ class Tokenizer:
         Args:
             path: a folder, or the path of the .json file, beside which the config goes.
         """
-        path = Path(path)
+        path = as_path(path)
         if path.suffix != ".json":
             path = path / "tokenizer.json"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -261,7 +262,7 @@ def load_tokenizer(spec: str, texts: Texts = ()) -> Tokenizer:
     if kind == "asset" and colon:
         folder = assets.tokenizer_folder(choose("tokenizer asset", rest, assets.TOKENIZERS, DataError))
         return _load_folder(folder)
-    if colon and not Path(spec).exists():
+    if colon and not is_remote(spec) and not Path(spec).exists():
         if kind not in vocabulary.TRAINERS:
             raise DataError(
                 f"unknown kind of tokenizer {kind!r} in {spec!r}{suggest(kind, [*vocabulary.TRAINERS, 'asset'])}"
@@ -270,7 +271,7 @@ def load_tokenizer(spec: str, texts: Texts = ()) -> Tokenizer:
             raise DataError(f"tokenizer {spec!r}: {rest!r} is not a size; say e.g. {kind}:4096")
         definition, config = vocabulary.TRAINERS[kind](int(rest), texts)
         return _checked(definition, config, spec)
-    path = Path(spec).expanduser()
+    path = as_path(spec).expanduser()
     if path.is_dir():
         return _load_folder(path)
     if not path.is_file():

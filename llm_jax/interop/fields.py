@@ -2,10 +2,10 @@
 
 import json
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from llm_jax.errors import CheckpointError
+from llm_jax.storage import Path
 
 LARGEST = 2**31 - 1
 """a size beyond this is no size"""

@@ -6,7 +6,6 @@ The format of the file is in `gguf_file.py`, its tokenizer in `gguf_tokenizer.py
 import collections
 import math
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import gguf
@@ -23,6 +22,7 @@ from llm_jax.interop.names import FLIP, HEADS_BIAS, HEADS_IN, HEADS_OUT, Entry, 
 from llm_jax.model import Model, abstract_params
 from llm_jax.models import presets
 from llm_jax.models.config import ModelConfig
+from llm_jax.storage import Path
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3")
 _LARGEST = 2**31 - 1

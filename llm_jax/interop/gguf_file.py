@@ -9,13 +9,13 @@ import math
 import mmap
 import reprlib
 import struct
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import gguf
 import numpy as np
 
 from llm_jax.errors import CheckpointError
+from llm_jax.storage import Path, as_path, at_hand
 
 Value = int | float | bool | str | list[str] | np.ndarray
 """A value of the metadata; an array of numbers is a view of the file"""
@@ -184,11 +184,11 @@ def open_file(path: str | Path) -> File:
     Raises:
         CheckpointError: it cannot be read, is no GGUF file, or does not hold what its header says.
     """
-    path = Path(path).expanduser()
+    path = as_path(path).expanduser()
     if not path.is_file():
         raise CheckpointError(f"{path}: not a file" if path.exists() else f"{path}: no such file")
     try:
-        with path.open("rb") as file:
+        with at_hand(path) as local, open(local, "rb") as file:
             content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if path.stat().st_size else b""
     except (OSError, ValueError) as e:
         raise CheckpointError(f"{path}: cannot be read: {e}") from e

@@ -6,7 +6,6 @@ What a family calls its tensors and its sizes is in `families.py`, the format of
 import logging
 import re
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -25,6 +24,7 @@ from llm_jax.interop.tensor_files import Tensors
 from llm_jax.model import Model
 from llm_jax.models import transformer
 from llm_jax.models.config import ModelConfig
+from llm_jax.storage import Path, as_path
 from llm_jax.transforms.prune import check_sparsity
 
 __all__ = ["export_model", "load", "read_pruned", "read_sizes", "read_tokenizer", "save"]
@@ -69,7 +69,7 @@ def load(
     Raises:
         CheckpointError: missing, damaged, of an unknown family, or in need of what is not implemented.
     """
-    folder = Path(path).expanduser()
+    folder = as_path(path).expanduser()
     found = match(folder, head, labels)
     tokenizer = read_tokenizer(folder)
     if tokenizer is not None and tokenizer.vocab_size > found.config.vocab_size:
@@ -90,12 +90,12 @@ def load(
 
 def read_sizes(path: str | Path, head: str | None = None, labels: Labels = None) -> ModelConfig:
     """The sizes of the model that `load` would give; of the weights only the headers are read. Raises as `load`."""
-    return match(Path(path).expanduser(), head, labels).config
+    return match(as_path(path).expanduser(), head, labels).config
 
 
 def read_pruned(path: str | Path) -> dict[str, float]:
     """The weights that an export of ours names as pruned, and their shares of zeros."""
-    stated = read_json(Path(path).expanduser() / "config.json").get(OURS)
+    stated = read_json(as_path(path).expanduser() / "config.json").get(OURS)
     found = stated.get("pruned") if isinstance(stated, dict) else None
     return {
         name: share for name, share in (found if isinstance(found, dict) else {}).items() if isinstance(share, float)
@@ -108,7 +108,7 @@ def read_tokenizer(path: str | Path) -> Tokenizer | None:
     Raises:
         DataError: a file that is no tokenizer.
     """
-    folder = Path(path).expanduser()
+    folder = as_path(path).expanduser()
     if any((folder / name).is_file() for name in TOKENIZER_FILES):
         return load_tokenizer(str(folder))
     log.warning(
@@ -126,7 +126,7 @@ def export_model(
     """Make a Hugging Face directory of a checkpoint; what was written. Raises as `save`."""
     loaded = models.load(checkpoint)
     save(loaded, out, dtype=dtype, family=family)
-    written = read_json(Path(out) / "config.json")
+    written = read_json(as_path(out) / "config.json")
     return {
         "parameters": tree.size(loaded.params),
         "architecture": written["architectures"][0],

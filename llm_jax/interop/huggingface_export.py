@@ -4,9 +4,7 @@ import json
 import logging
 import os
 import re
-import shutil
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -22,6 +20,7 @@ from llm_jax.interop.tensor_files import DTYPES, Item
 from llm_jax.model import Model
 from llm_jax.models import transformer
 from llm_jax.models.config import ModelConfig
+from llm_jax.storage import Path, as_path, is_remote, remove_tree
 from llm_jax.transforms.prune import pruned_card
 
 DTYPE_WORDS = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
@@ -57,7 +56,7 @@ def save(
     Raises:
         CheckpointError: the folder holds something, the disk is full, or no family has such a model.
     """
-    path = Path(path).expanduser().absolute()
+    path = as_path(path).expanduser().absolute()
     if path.is_file() or (path.is_dir() and any(path.iterdir())):
         raise CheckpointError(f"{path} exists already")
     origin = model.card.get("huggingface", {})
@@ -84,23 +83,28 @@ def save(
         choose("dtype", dtype, DTYPE_WORDS, CheckpointError)
     stated = config_json(model, chosen, origin, dtype or origin.get("dtype", ""))
     items = list(_items(model, chosen, origin, np.dtype(DTYPES[DTYPE_WORDS[stated["dtype"]]]), dtype is None))
-    unfinished = path.with_name(f".{path.name}.unfinished-{os.getpid()}")
+    # In a bucket no folder is renamed: there config.json comes last, without which it is no model.
+    unfinished = path if is_remote(path) else path.with_name(f".{path.name}.unfinished-{os.getpid()}")
+    done = False
     try:
         unfinished.mkdir(parents=True)
-        _write_json(unfinished / "config.json", stated)
         if origin.get("generation"):
             _write_json(unfinished / "generation_config.json", origin["generation"])
         if model.tokenizer is not None:
             model.tokenizer.save(unfinished)
             _write_json(unfinished / "tokenizer_config.json", tokenizer_config(model.tokenizer, model.config))
         tensor_files.write_folder(unfinished, items, shard_size)
-        unfinished.rename(path)
+        _write_json(unfinished / "config.json", stated)
+        if unfinished != path:
+            unfinished.rename(path)
+        done = True
     except OSError as e:
         if checkpoint.is_full(e):
             raise CheckpointError(f"no space left on the disk of {path}: nothing was written") from e
         raise CheckpointError(f"writing {path} failed: {e}") from e
     finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
+        if not done:
+            remove_tree(unfinished)
 
 
 def whole_heads(model: Model) -> Model:

@@ -4,12 +4,11 @@ import json
 import math
 import re
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from safetensors.numpy import save_file
+import safetensors.numpy
 
 from llm_jax import model as models
 from llm_jax import sharding, tree
@@ -21,6 +20,7 @@ from llm_jax.interop.fields import Fields, read_json
 from llm_jax.interop.names import Place
 from llm_jax.model import Model
 from llm_jax.models.config import ModelConfig
+from llm_jax.storage import Path, as_path
 from llm_jax.transforms.lora import WITHOUT
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -66,7 +66,7 @@ def save(model: Model, path: str | Path, base: str = "") -> None:
     Raises:
         CheckpointError: no factors, a folder that holds something, or a base that no family of transformers has.
     """
-    config, path = model.config, Path(path).expanduser()
+    config, path = model.config, as_path(path).expanduser()
     if not config.lora_rank:
         raise CheckpointError("the model has no factors of low rank, so that there is no adapter to write")
     if path.is_file() or (path.is_dir() and any(path.iterdir())):
@@ -87,7 +87,7 @@ def save(model: Model, path: str | Path, base: str = "") -> None:
     path.mkdir(parents=True, exist_ok=True)
     try:
         contiguous = {name: np.ascontiguousarray(x, np.float32) for name, x in tensors.items()}
-        save_file(contiguous, path / WEIGHTS, metadata={"format": "pt"})
+        (path / WEIGHTS).write_bytes(safetensors.numpy.save(contiguous, metadata={"format": "pt"}))
         # last, since a folder without it is no adapter
         (path / CONFIG).write_text(json.dumps(stated, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     except OSError as e:
@@ -103,7 +103,7 @@ def load(path: str | Path, model: Model, mesh: jax.sharding.Mesh | None = None) 
     Raises:
         CheckpointError: missing, damaged, of a kind that is not implemented, or not of this model.
     """
-    folder = Path(path).expanduser()
+    folder = as_path(path).expanduser()
     if model.config.lora_rank:
         raise CheckpointError("the model has factors of low rank already: fold them in with merge_lora() first")
     fields = Fields(read_json(folder / CONFIG), folder / CONFIG)

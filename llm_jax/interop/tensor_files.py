@@ -7,7 +7,7 @@ import mmap
 import os
 import re
 from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
+from pathlib import PurePath
 from typing import Any, NamedTuple
 
 import ml_dtypes
@@ -16,6 +16,7 @@ import safetensors
 
 from llm_jax.errors import CheckpointError
 from llm_jax.interop.fields import read_json
+from llm_jax.storage import Path, at_hand, is_remote
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 
@@ -50,11 +51,12 @@ def open_file(path: Path) -> Tensors:
         CheckpointError: no such file, or one that is not whole and sound.
     """
     try:
-        with safetensors.safe_open(path, "np") as file:
-            names = file.offset_keys()
-            kinds = [(file.get_slice(name).get_dtype(), tuple(file.get_slice(name).get_shape())) for name in names]
-        with open(path, "rb") as file:
-            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        with at_hand(path) as local:
+            with safetensors.safe_open(local, "np") as file:
+                names = file.offset_keys()
+                kinds = [(file.get_slice(name).get_dtype(), tuple(file.get_slice(name).get_shape())) for name in names]
+            with open(local, "rb") as file:
+                mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     except (safetensors.SafetensorError, OSError, ValueError, TypeError) as e:
         reason = " ".join(str(e).split())[:200]
         raise CheckpointError(
@@ -108,7 +110,7 @@ def _open_shards(folder: Path) -> Tensors:
         raise CheckpointError(f"{folder / INDEX}: its weight_map is no table from tensors to files")
     found: Tensors = {}
     for name in sorted(set(table.values())):
-        if Path(name).name != name or not name.endswith(".safetensors"):
+        if PurePath(name).name != name or not name.endswith(".safetensors"):
             raise CheckpointError(f"{folder / INDEX}: {name!r} is not the name of a safetensors file beside it")
         if not (folder / name).is_file():
             raise CheckpointError(f"{folder}: the shard {name} is missing, which {INDEX} names: fetch it")
@@ -185,12 +187,13 @@ def _write_file(path: Path, items: Sequence[Item]) -> None:
         }
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
-    with open(path, "wb") as file:
+    with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for item in items:
             _write_array(file, item)
-        file.flush()
-        os.fsync(file.fileno())
+        if not is_remote(path):
+            file.flush()
+            os.fsync(file.fileno())
 
 
 def _write_array(file: Any, item: Item) -> None:

@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable, Sequence
-from pathlib import Path
+from os import PathLike, fspath
 from typing import Any
 
 import jax
@@ -41,7 +41,7 @@ def anchor(
         ConfigError: a bad argument; later, weights that the older model has not, or has of another shape.
     """
     choose("anchor", kind, KINDS)
-    model, fisher = (str(x) if isinstance(x, Path) else x for x in (model, fisher))
+    model, fisher = (fspath(x) if isinstance(x, PathLike) else x for x in (model, fisher))
     exclude = (exclude,) if isinstance(exclude, str) else tuple(exclude)
     if not 0 <= strength < float("inf"):
         raise ConfigError(f"anchor: strength is {strength}: it must not be negative")

@@ -8,7 +8,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Mapping, Sequence
-from pathlib import Path
+from os import PathLike, fspath
 from typing import Any
 
 import jax
@@ -24,6 +24,7 @@ from llm_jax.models import transformer
 from llm_jax.models.config import ModelConfig
 from llm_jax.models.heads import Outputs
 from llm_jax.models.transformer import Params
+from llm_jax.storage import as_path
 from llm_jax.transforms.base import IDENTITY, Transform
 
 EPSILON = 1e-12
@@ -76,7 +77,7 @@ def distil(
     """
     if (soft, task, cosine, hidden, attention) == (0, 1, 0, 0, 0):
         return IDENTITY
-    teacher = str(teacher) if isinstance(teacher, Path) else teacher
+    teacher = fspath(teacher) if isinstance(teacher, PathLike) else teacher
     given = dict(locals())
     rule = divergences.named(divergence, beta)
     factors = {"soft": soft, "cosine": cosine, "hidden": hidden, "attention": attention}
@@ -148,7 +149,7 @@ def cached(
     _check("cached", {"task": task, "soft": soft}, 1.0, beta)
 
     def loss(inner: LossFn) -> LossFn:
-        temperature = read_header(Path(path)).temperature
+        temperature = read_header(as_path(path)).temperature
 
         def added(params: Any, batch: Any, key: Any, reference: Any) -> Loss:
             found = inner(params, batch, key, reference)
@@ -173,7 +174,7 @@ def cached(
         return opened(data_fingerprint(fingerprint)).add(batch)
 
     def card(params: Params) -> dict[str, Any]:
-        return {"teacher_cache": dataclasses.asdict(read_header(Path(path)))}
+        return {"teacher_cache": dataclasses.asdict(read_header(as_path(path)))}
 
     return Transform(loss=loss, label=_label("cached", cached, given), rows=rows, card=card)
 
