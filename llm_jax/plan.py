@@ -9,8 +9,10 @@ import importlib.util
 import math
 import os
 import re
+import tempfile
 from collections import Counter
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -185,12 +187,12 @@ def _compiled(known: dict[str, Any], made: program.Program, state: Any, batch: A
     chip, chips = known["topology"].chip, known["topology"].chips
     with jax.set_mesh(made.mesh):
         try:
-            compiled = made.step.lower(state, batch).compile()
+            compiled, text = _compile(made.step.lower(state, batch))
         except jax.errors.JaxRuntimeError as e:
             return _too_large(known, made, state, batch, e)
     memory, notes = _memory(compiled, argument_bytes(compiled, state, batch), chip.memory)
     share = 0.5 if made.model.architecture == "decoder" else 1.0
-    found = hlo_cost.cost(compiled.as_text(), chips, share)
+    found = hlo_cost.cost(text, chips, share)
     notes += [f"not understood, counted as no operations or one turn: {name}" for name in found.unknown]
     return Plan(
         **known,
@@ -203,6 +205,17 @@ def _compiled(known: dict[str, Any], made: program.Program, state: Any, batch: A
         network=found.summed("sent", between=True),
         notes=tuple(notes),
     )
+
+
+def _compile(lowered: Any) -> tuple[Any, str]:
+    """The compiled program and its text, as the compiler itself writes it down.
+
+    `compiled.as_text()` is not used: it fails on programs for v5p whose asynchronous collectives have several operands (libtpu 0.0.42).
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        compiled = lowered.compile(compiler_options={"xla_dump_to": folder, "xla_dump_hlo_as_text": True})
+        texts = Path(folder).glob("*.after_optimizations.txt")
+        return compiled, max((path.read_text(encoding="utf-8") for path in texts), key=len)
 
 
 def _memory(compiled: Any, parts: dict[str, float], limit: float) -> tuple[Memory, list[str]]:
