@@ -166,3 +166,12 @@ def removed(x: Array) -> Bool[Array, "..."]:
     [True, False, False]
     """
     return (x == 0) & ~jnp.signbit(x)
+
+
+def marked(x: Array, gone: Bool[Array, "..."]) -> Array:
+    """x whose zeros are masks where a weight is `gone`, and weights like any other, -0, where it is not.
+
+    >>> marked(jnp.array([0.0, 0.0, 1.0]), jnp.array([True, False, True])).tolist()
+    [0.0, -0.0, 1.0]
+    """
+    return jnp.where(x == 0, jnp.where(gone, 0.0, -0.0), x).astype(x.dtype)
