@@ -44,6 +44,31 @@ class _UpdateChange(Protocol):
     def __call__(self, update: optax.GradientTransformation, /) -> optax.GradientTransformation: ...
 
 
+Change = Callable[[ModelConfig, Params, Array], Params]
+"""A tree like the params of the larger model from one like those of the smaller, by the key of the change"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Growth:
+    """The `params` of a growth, and what it makes of trees like the params that an optimizer keeps.
+
+    Growth is linear: the new weights are w' = T w, so by the chain rule the gradients obey T^T g' = g. Where a weight has n copies, each c
+    times the old one, they are equal by symmetry: g' = g / (n c). So what divides a weight leaves its gradient alone, and what merely
+    copies it divides its gradient; squares of gradients go by (n c)^2. Growing the optimizer's state so that it is the one a larger
+    model would have follows Shen et al. 2022 (Staged training for transformer language models, section 3.1).
+    """
+
+    weights: Change
+    """also of averages of weights"""
+    gradients: Change
+    """first moments and sums of gradients"""
+    squares: Change
+    """second moments"""
+
+    def __call__(self, config: ModelConfig, params: Params, key: Array, aux: Any, /) -> Params:
+        return self.weights(config, params, key)
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Calibration:
@@ -103,12 +128,6 @@ def chain(*transforms: Transform) -> Transform:
             sizes = transform.config(sizes)
         return sizes
 
-    def params(sizes: ModelConfig, weights: Params, key: Array, aux: Any) -> Params:
-        for transform in transforms:
-            weights = transform.params(sizes, weights, key, aux)
-            sizes = transform.config(sizes)
-        return weights
-
     def wrap(name: str):
         def wrapped(function: Any) -> Any:
             for transform in transforms:
@@ -151,12 +170,39 @@ def chain(*transforms: Transform) -> Transform:
             batch = transform.rows(batch, fingerprint)
         return dict(batch)
 
-    functions = (config, params, wrap("loss"), wrap("grad"), wrap("update"))
+    functions = (config, _in_turn(transforms), wrap("loss"), wrap("grad"), wrap("update"))
     masks = tuple(regex for transform in transforms for regex in transform.masks)
     densify, moments = (any(getattr(x, name) for x in transforms) for name in ("densify", "moments"))
     if all(transform.rows is IDENTITY.rows for transform in transforms):
         rows = IDENTITY.rows
     return Transform(*functions, label, reference, calibration, steps, card, extra, rows, masks, densify, moments)
+
+
+def _in_turn(transforms: tuple[Transform, ...]) -> _ParamsChange:
+    """What `chain` makes of the weights; a `Growth` where each member that touches them is one."""
+
+    def params(sizes: ModelConfig, weights: Params, key: Array, aux: Any) -> Params:
+        for transform in transforms:
+            weights = transform.params(sizes, weights, key, aux)
+            sizes = transform.config(sizes)
+        return weights
+
+    def along(kind: str) -> Change:
+        def change(sizes: ModelConfig, leaves: Params, key: Array) -> Params:
+            for transform in transforms:
+                if isinstance(transform.params, Growth):
+                    leaves = getattr(transform.params, kind)(sizes, leaves, key)
+                sizes = transform.config(sizes)
+            return leaves
+
+        return change
+
+    touching = [transform.params for transform in transforms if transform.params is not IDENTITY.params]
+    if not touching:
+        return IDENTITY.params
+    if all(isinstance(change, Growth) for change in touching):
+        return Growth(along("weights"), along("gradients"), along("squares"))
+    return params
 
 
 def removed(x: Array) -> Bool[Array, "..."]:
