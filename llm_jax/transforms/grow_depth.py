@@ -10,7 +10,7 @@ from llm_jax import tree
 from llm_jax.errors import ConfigError, choose
 from llm_jax.models.config import ModelConfig
 from llm_jax.models.transformer import Params
-from llm_jax.transforms.base import Change, Growth, Transform, removed
+from llm_jax.transforms.base import Change, Growth, Transform, removed, take
 
 HOW = ("stack", "interleave", "zero")
 LAST = r".*/(out|down)(_bias|_lora_b)?"
@@ -86,7 +86,7 @@ def grow_depth(layers: int, *, decoder_layers: int = 0, how: str = "stack") -> T
                 if new == old:
                     return x
                 index = origins(old, new, how)
-                x = jnp.take(x, index, axis=0)
+                x = take(x, index, axis=0)
                 if not re.fullmatch(blank, name):
                     return x
                 copy = np.append(False, index[1:] == index[:-1]).reshape(-1, *(1,) * (x.ndim - 1))

@@ -13,7 +13,7 @@ from llm_jax.errors import ConfigError, choose
 from llm_jax.models import transformer
 from llm_jax.models.config import ModelConfig
 from llm_jax.models.transformer import Params
-from llm_jax.transforms.base import Change, Growth, Transform, removed
+from llm_jax.transforms.base import Change, Growth, Transform, removed, take
 
 HOW = ("random", "cycle")
 
@@ -192,7 +192,7 @@ def _grow(old: ModelConfig, new: ModelConfig, params: Params, key: Array, how: s
             if axis not in plan:
                 continue
             each = plan[axis]
-            x = jnp.take(x, each.source, axis=i)
+            x = take(x, each.source, axis=i)
             if (axis in over) == (power == 0):
                 x = x / along(each.copies.astype(jnp.float32) ** max(1, power), i, x)
             if axis not in over:
