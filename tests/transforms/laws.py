@@ -8,11 +8,13 @@ from typing import Any
 import jax
 import numpy as np
 
+from llm_jax import losses, program, sharding, tree
 from llm_jax import model as models
-from llm_jax import sharding, tree
-from llm_jax.config import Mesh
+from llm_jax.config import Mesh, Run
 from llm_jax.models import transformer
 from llm_jax.models.config import ModelConfig
+from llm_jax.tasks import Classification
+from llm_jax.tasks.next_token import vocabulary_loss
 from llm_jax.transforms import Transform
 from llm_jax.transforms.prune import TARGETS
 from tests.families import Tiny, batch_of
@@ -105,6 +107,48 @@ def same_on_mesh(change: Transform, tiny: Tiny, aux: Any = None, atol: float = 1
         assert x.sharding.is_equivalent_to(where, x.ndim), path
         np.testing.assert_allclose(x, y, atol=atol, err_msg=str(path))
         np.testing.assert_array_equal(gone(x), gone(y), err_msg=f"{path}: what is pruned")
+
+
+def objective(config: ModelConfig, rows: int = 3) -> tuple[Any, Any]:
+    """The loss of a family's task, and what its batch holds beside the input."""
+    batch = batch_of(config, rows)
+    rng = np.random.default_rng(1)
+    if config.head in ("lm", "mlm"):
+        if config.head == "mlm":
+            batch["predict"] = rng.integers(0, 4, (rows, 2)).astype(np.int32)
+        shape = (rows, 2) if config.head == "mlm" else batch["tokens"].shape
+        targets = rng.integers(0, config.vocab_size, shape).astype(np.int32)
+        return vocabulary_loss(config, 0.0, 0.0), {
+            **batch,
+            "targets": targets,
+            "weights": rng.random(shape).astype("f"),
+        }
+    if config.patch_size:
+        batch |= {"targets": np.array([0, 1, 2]), "weights": np.ones(3, np.float32)}
+
+        def images(params, batch, key, reference):
+            out = transformer.apply(config, params, batch, key=key)
+            return losses.class_cross_entropy(out, batch["targets"], batch["weights"])
+
+        return images, batch
+    batch["predict"] = np.array([[0, 4], [0, 5], [0, 0]], np.int32)
+    batch |= {"targets": np.array([[0, 1], [2, 0], [1, 1]]), "weights": np.array([[1, 1], [1, 1], [1, 0]], np.float32)}
+    return Classification(labels=("a", "b", "c")).loss(config), batch
+
+
+def trained(run: Run, tiny: Tiny, batch: Any, mesh: Any, steps: int = 2) -> tuple[Any, Any]:
+    """The state, and the metrics of the last step, of a run from the model's weights that reads the same batch in each step."""
+    made = program.make(run, mesh)
+    rows = sharding.put(made.change.rows(batch, {}), mesh)
+    with jax.set_mesh(mesh):
+        begin = jax.jit(made.init, out_shardings=made.shardings._replace(reference={}), compiler_options=FAST)
+        state = begin(jax.random.key(0), tiny.params, None)
+        others = {name: x.params for name, x in made.change.reference.items()}
+        state = state._replace(reference=jax.device_put(others, made.shardings.reference))
+        step = made.step.lower(state, rows).compile(compiler_options=FAST)
+        for _ in range(steps):
+            state, metrics = step(state, rows)
+    return state, metrics
 
 
 def comes_back(change: Transform, tiny: Tiny, folder: Path, aux: Any = None) -> models.Model:
