@@ -244,8 +244,9 @@ def _collectives(
     add("reduce-scatter", turns * sizes.width * count, sizes.fsdp)
     table = c.vocab_size * c.dim / sizes.tensor if c.head in ("lm", "mlm") else 0.0
     products = count - (1 if c.tie_embeddings else 2) * table
-    # Of what is looked up in the table in float32, of what is predicted as of the products
-    within, gradient = sizes.data // slices, turns * (sizes.width * (products + table) + 4 * table) / sizes.fsdp
+    # Of what is looked up in the table in float32; of what is predicted as of the products where the table is split
+    predicted = sizes.width if sizes.fsdp > 1 else 4
+    within, gradient = sizes.data // slices, turns * (sizes.width * products + (4 + predicted) * table) / sizes.fsdp
     add("all-reduce", gradient, within, 2)
     network = {"all-reduce": 2 * gradient / within * (slices - 1) / slices} if slices > 1 else {}
     sums = turns * (4 if c.remat == "none" else 6)

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from llm_jax import loop, model, parts
+from llm_jax.config import Mesh
 from llm_jax.errors import CheckpointError, ConfigError
 from llm_jax.transforms import carry_moments, grow_depth, grow_width, prune
 from tests.test_pruned_runs import run_of
@@ -43,6 +44,10 @@ def test_moments_are_carried_over_and_told(corpus, tmp_path, small, capsys):
     assert np.all(np.asarray(nu) > 0) and int(state[1][0].count) == 6
     np.testing.assert_array_equal(np.asarray(nu)[0], np.asarray(nu)[1])
     assert nu.sharding == state[1][0].mu["decoder"]["layers"]["attention"]["query"].sharding
+    split, _ = moments(dataclasses.replace(run, mesh=Mesh(data=2, fsdp=2, tensor=2)))
+    for x, y in zip(jax.tree.leaves(split), jax.tree.leaves(state), strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-6)
+    assert not split[1][0].nu["decoder"]["layers"]["attention"]["query"].is_fully_replicated
     assert "1/0/mu (10 arrays)" in inherited["moments"].splitlines()[0]
     loop.train(run)
     assert f"moments {inherited['moments']}" in capsys.readouterr().err

@@ -161,7 +161,8 @@ def test_several_slices_have_a_network_of_their_own():
         assert (topology.chips, topology.slices, topology.slice) == (4 * slices, slices, "h100:4")
         made = plan.make(dataclasses.replace(RUN, mesh=Mesh(data=slices, fsdp=4), batch=Batch(16, 32)), topology)
         table = SIZES.vocab_size * SIZES.dim
-        gradient = (2 * (made.parameters - table) + 2 * 4 * table) / 4  # in bfloat16, of the table in float32 and twice
+        # In bfloat16, of the table twice: of what is looked up in float32
+        gradient = (2 * (made.parameters - table) + (4 + 2) * table) / 4
         assert made.network == {"all-reduce": pytest.approx(2 * gradient * (slices - 1) / slices)}
         assert made.times["network"] == pytest.approx(made.network["all-reduce"] / topology.chip.network)
         assert "all-reduce" not in made.sent and f"{slices}xh100:4" in reports.plan(made)

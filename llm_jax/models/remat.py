@@ -6,9 +6,6 @@ attention gives together with the logarithms of its sums `attention`. Norms, act
 
 from typing import Any, NamedTuple
 
-import jax
-from jax.ad_checkpoint import checkpoint_name
-
 INPUT = "residual"
 """The residual stream where it enters a layer"""
 ATTENTION = "attention"
@@ -52,6 +49,8 @@ def policy(name: str) -> Any:
     >>> policy("full") is None, callable(policy("offload"))
     (True, True)
     """
+    import jax  # here, since a config is read without it
+
     kept, offloaded = POLICIES[name].kept, POLICIES[name].offloaded
     if offloaded:
         return jax.checkpoint_policies.save_and_offload_only_these_names(
@@ -65,4 +64,7 @@ def policy(name: str) -> Any:
 
 def named(x: Any, name: str) -> Any:
     """`x` under a name of the table; elsewhere than under a policy the identity."""
+    import jax
+    from jax.ad_checkpoint import checkpoint_name
+
     return jax.tree.map(lambda leaf: checkpoint_name(leaf, name), x)

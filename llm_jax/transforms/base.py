@@ -44,6 +44,31 @@ class _UpdateChange(Protocol):
     def __call__(self, update: optax.GradientTransformation, /) -> optax.GradientTransformation: ...
 
 
+Change = Callable[[ModelConfig, Params, Array], Params]
+"""A tree like the params of the larger model from one like those of the smaller, by the key of the change"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Growth:
+    """The `params` of a growth, and what it makes of trees like the params that an optimizer keeps.
+
+    Growth is linear: the new weights are w' = T w, so by the chain rule the gradients obey T^T g' = g. Where a weight has n copies, each c
+    times the old one, they are equal by symmetry: g' = g / (n c). So what divides a weight leaves its gradient alone, and what merely
+    copies it divides its gradient; squares of gradients go by (n c)^2. Growing the optimizer's state so that it is the one a larger
+    model would have follows Shen et al. 2022 (Staged training for transformer language models, section 3.1).
+    """
+
+    weights: Change
+    """also of averages of weights"""
+    gradients: Change
+    """first moments and sums of gradients"""
+    squares: Change
+    """second moments"""
+
+    def __call__(self, config: ModelConfig, params: Params, key: Array, aux: Any, /) -> Params:
+        return self.weights(config, params, key)
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Calibration:
@@ -105,12 +130,6 @@ def chain(*transforms: Transform) -> Transform:
             sizes = transform.config(sizes)
         return sizes
 
-    def params(sizes: ModelConfig, weights: Params, key: Array, aux: Any) -> Params:
-        for transform in transforms:
-            weights = transform.params(sizes, weights, key, aux)
-            sizes = transform.config(sizes)
-        return weights
-
     def wrap(name: str):
         def wrapped(function: Any) -> Any:
             for transform in transforms:
@@ -153,12 +172,39 @@ def chain(*transforms: Transform) -> Transform:
             batch = transform.rows(batch, fingerprint)
         return dict(batch)
 
-    functions = (config, params, wrap("loss"), wrap("grad"), wrap("update"))
+    functions = (config, _in_turn(transforms), wrap("loss"), wrap("grad"), wrap("update"))
     masks = tuple(regex for transform in transforms for regex in transform.masks)
     flags = (any(getattr(x, name) for x in transforms) for name in ("densify", "offload", "moments"))
     if all(transform.rows is IDENTITY.rows for transform in transforms):
         rows = IDENTITY.rows
     return Transform(*functions, label, reference, calibration, steps, card, extra, rows, masks, *flags)
+
+
+def _in_turn(transforms: tuple[Transform, ...]) -> _ParamsChange:
+    """What `chain` makes of the weights; a `Growth` where each member that touches them is one."""
+
+    def params(sizes: ModelConfig, weights: Params, key: Array, aux: Any) -> Params:
+        for transform in transforms:
+            weights = transform.params(sizes, weights, key, aux)
+            sizes = transform.config(sizes)
+        return weights
+
+    def along(kind: str) -> Change:
+        def change(sizes: ModelConfig, leaves: Params, key: Array) -> Params:
+            for transform in transforms:
+                if isinstance(transform.params, Growth):
+                    leaves = getattr(transform.params, kind)(sizes, leaves, key)
+                sizes = transform.config(sizes)
+            return leaves
+
+        return change
+
+    touching = [transform.params for transform in transforms if transform.params is not IDENTITY.params]
+    if not touching:
+        return IDENTITY.params
+    if all(isinstance(change, Growth) for change in touching):
+        return Growth(along("weights"), along("gradients"), along("squares"))
+    return params
 
 
 def removed(x: Array) -> Bool[Array, "..."]:
@@ -168,3 +214,22 @@ def removed(x: Array) -> Bool[Array, "..."]:
     [True, False, False]
     """
     return (x == 0) & ~jnp.signbit(x)
+
+
+def take(x: Array, index: Any, axis: int) -> Array:
+    """The entries at `index` along an axis, bit for bit: along one that is sharded XLA takes floats by a masked sum, in which -0 + 0 is 0.
+
+    >>> take(jnp.array([0.0, -0.0, 1.0]), jnp.array([1, 2]), axis=0).tolist()
+    [-0.0, 1.0]
+    """
+    bits = jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * x.dtype.itemsize}"))
+    return jax.lax.bitcast_convert_type(jnp.take(bits, index, axis=axis, mode="clip"), x.dtype)
+
+
+def marked(x: Array, gone: Bool[Array, "..."]) -> Array:
+    """x whose zeros are masks where a weight is `gone`, and weights like any other, -0, where it is not.
+
+    >>> marked(jnp.array([0.0, 0.0, 1.0]), jnp.array([True, False, True])).tolist()
+    [0.0, -0.0, 1.0]
+    """
+    return jnp.where(x == 0, jnp.where(gone, 0.0, -0.0), x).astype(x.dtype)

@@ -14,8 +14,7 @@ from llm_jax.errors import ConfigError, DataError
 from llm_jax.models import transformer
 from llm_jax.models.config import ModelConfig
 from llm_jax.models.transformer import Params
-from llm_jax.transforms.base import Transform
-from llm_jax.transforms.moments import Growth
+from llm_jax.transforms.base import Growth, Transform
 
 Pieces = tuple[tuple[int, ...], ...]
 """Of each new token the ids of the old ones that spelled it"""

@@ -10,8 +10,7 @@ from llm_jax import tree
 from llm_jax.errors import ConfigError, choose
 from llm_jax.models.config import ModelConfig
 from llm_jax.models.transformer import Params
-from llm_jax.transforms.base import Transform
-from llm_jax.transforms.moments import Change, Growth
+from llm_jax.transforms.base import Change, Growth, Transform, removed, take
 
 HOW = ("stack", "interleave", "zero")
 LAST = r".*/(out|down)(_bias|_lora_b)?"
@@ -34,7 +33,7 @@ def grow_depth(layers: int, *, decoder_layers: int = 0, how: str = "stack") -> T
     stack repeats the stack as a whole (Gong et al. 2019, section 3); interleave puts the copies of a layer beside it; zero does so with
     copies that add nothing at first, since the last product of each of their branches is zero, so that the function is kept exactly
     (LLaMA Pro; Wu et al. 2024, section 3.2). That takes a pre-norm model: in a post-norm one a branch of zero still normalises, and
-    norm(x) is x only where the norm before it has equal scales and no bias.
+    norm(x) is x only where the norm before it has equal scales and no bias. Copies of pruned weights are pruned.
 
     Moments: the copies of a layer begin with those of the layer. Under zero their first moments are zero, as is at first the gradient of
     all but their last products; second moments are those of the layer even so, lest the first steps be larger than the rule's.
@@ -76,7 +75,7 @@ def grow_depth(layers: int, *, decoder_layers: int = 0, how: str = "stack") -> T
         return made if made.decoder_depth == depth else made.replace(decoder_layers=depth)
 
     def grown(blank: str = "") -> Change:
-        """Leaves of layers copied; in copies those whose path `blank` matches are zero, a negative one where it is of a weight (`prune.removed`)."""
+        """Leaves of layers copied; in copies those whose path `blank` matches are zero, -0 but where a pruned weight is copied (`base.removed`)."""
 
         def change(sizes: ModelConfig, params: Params, key: Array) -> Params:
             depths = stacks(sizes)
@@ -87,11 +86,11 @@ def grow_depth(layers: int, *, decoder_layers: int = 0, how: str = "stack") -> T
                 if new == old:
                     return x
                 index = origins(old, new, how)
-                x = jnp.take(x, index, axis=0)
+                x = take(x, index, axis=0)
                 if not re.fullmatch(blank, name):
                     return x
                 copy = np.append(False, index[1:] == index[:-1]).reshape(-1, *(1,) * (x.ndim - 1))
-                return jnp.where(copy, -0.0, x).astype(x.dtype)
+                return jnp.where(copy & ~removed(x), -0.0, x).astype(x.dtype)
 
             return tree.map_with_name(leaf, params)
 

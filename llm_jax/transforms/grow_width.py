@@ -13,8 +13,7 @@ from llm_jax.errors import ConfigError, choose
 from llm_jax.models import transformer
 from llm_jax.models.config import ModelConfig
 from llm_jax.models.transformer import Params
-from llm_jax.transforms.base import Transform
-from llm_jax.transforms.moments import Change, Growth
+from llm_jax.transforms.base import Change, Growth, Transform, removed, take
 
 HOW = ("random", "cycle")
 
@@ -49,7 +48,8 @@ def grow_width(
     Args:
         dim, mlp_dim, heads, kv_heads: new sizes; 0 for the old ones.
         how: which neurons and heads are copied: random, or cycle for each in turn. Channels are always copied in turn.
-        noise: deviation of what is added to the copies, as a share of the deviation of the weight; 0 keeps the function.
+        noise: deviation of what is added to the copies, but those of pruned weights, as a share of the deviation of the weight; 0 keeps
+            the function.
 
     Raises:
         ConfigError: a size below the old one, `dim` not a multiple of the old one or of a model whose positions are sines of its
@@ -192,7 +192,7 @@ def _grow(old: ModelConfig, new: ModelConfig, params: Params, key: Array, how: s
             if axis not in plan:
                 continue
             each = plan[axis]
-            x = jnp.take(x, each.source, axis=i)
+            x = take(x, each.source, axis=i)
             if (axis in over) == (power == 0):
                 x = x / along(each.copies.astype(jnp.float32) ** max(1, power), i, x)
             if axis not in over:
@@ -201,7 +201,7 @@ def _grow(old: ModelConfig, new: ModelConfig, params: Params, key: Array, how: s
             x = x * jnp.asarray(factors[name] ** (-power if power else 1), jnp.float32)
         if noise and fresh.ndim and len(axes) - ("layers" in axes) > 1:
             drawn = jax.random.normal(jax.random.fold_in(key, zlib.crc32(name.encode())), x.shape)
-            x = jnp.where(fresh, x + noise * jnp.std(x) * drawn, x)
+            x = jnp.where(fresh & ~removed(x), x + noise * jnp.std(x) * drawn, x)
         return x.astype(dtype)
 
     return tree.map_with_name(leaf, params, names)

@@ -8,8 +8,7 @@ from llm_jax import tree
 from llm_jax.errors import ConfigError, choose
 from llm_jax.models.config import ModelConfig
 from llm_jax.models.transformer import Params
-from llm_jax.transforms.base import Transform
-from llm_jax.transforms.moments import Growth
+from llm_jax.transforms.base import Growth, Transform
 
 LEARNED = ("tile", "interpolate")
 HOW = ("", "rotary", *LEARNED)

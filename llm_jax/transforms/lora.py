@@ -14,7 +14,7 @@ from llm_jax.errors import ConfigError
 from llm_jax.models import transformer
 from llm_jax.models.config import LORA_TARGETS, ModelConfig
 from llm_jax.models.transformer import Params
-from llm_jax.transforms.base import IDENTITY, Transform, removed
+from llm_jax.transforms.base import IDENTITY, Transform, marked, removed
 from llm_jax.transforms.freeze import train_only
 
 FACTORS = r".*/layers/.*_lora_[ab]"
@@ -93,7 +93,7 @@ def merge_lora(*, keep_zeros: bool = True) -> Transform:
             if f"{name}_lora_a" not in leaves:
                 return w
             delta = sizes.lora_scale * product(leaves[f"{name}_lora_a"], leaves[f"{name}_lora_b"])
-            merged = (w + delta).astype(w.dtype)
+            merged = marked((w + delta).astype(w.dtype), removed(w))
             return jnp.where(removed(w), w, merged) if keep_zeros else merged
 
         return tree.map_with_name(one, without(weights))

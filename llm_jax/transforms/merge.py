@@ -11,7 +11,7 @@ from llm_jax import tree
 from llm_jax.errors import ConfigError, choose
 from llm_jax.models.config import ModelConfig
 from llm_jax.models.transformer import Params
-from llm_jax.transforms.base import Transform
+from llm_jax.transforms.base import Transform, marked, removed
 
 METHODS = ("mean", "moving_average", "slerp", "task_vectors", "ties")
 
@@ -67,6 +67,8 @@ def merge(
 ) -> Transform:
     """One model of several, weight by weight; each layer's weights are a tensor of their own. `aux` holds the params of the others.
 
+    What is pruned in the first model stays so where it is in all of them.
+
     Args:
         method: mean, moving_average (of checkpoints in the order of training), slerp (of two), task_vectors or ties (the first is the
             model that the others were trained from).
@@ -113,7 +115,7 @@ def merge(
         def leaf(name: str, *each: Array) -> Array:
             stacked = jnp.stack(each)
             made = jax.vmap(one, in_axes=1)(stacked) if "/layers/" in name else one(stacked)
-            return made.astype(each[0].dtype)
+            return marked(made.astype(each[0].dtype), removed(each[0]))
 
         return tree.map_with_name(leaf, params, *aux)
 

@@ -1,10 +1,9 @@
 """What becomes of an optimizer's state when the model under it grows: moments follow their weights, so that training goes on warm.
 
-Each growth says in a `Growth` how weights, gradients and squares of gradients map to those of the larger model; nothing here knows which
+Each growth says in a `Growth` (`base.py`) how weights, gradients and squares of gradients map to those of the larger model; nothing here knows which
 growth it is, and nothing is trained.
 """
 
-import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -18,31 +17,7 @@ from llm_jax.models import transformer
 from llm_jax.models.config import ModelConfig
 from llm_jax.models.transformer import Params
 from llm_jax.platform import target
-from llm_jax.transforms.base import IDENTITY, Transform
-
-Change = Callable[[ModelConfig, Params, Array], Params]
-
-
-@dataclasses.dataclass(frozen=True)
-class Growth:
-    """The `params` of a growth, and what it makes of trees like the params that an optimizer keeps.
-
-    Growth is linear: the new weights are w' = T w, so by the chain rule the gradients obey T^T g' = g. Where a weight has n copies, each c
-    times the old one, they are equal by symmetry: g' = g / (n c). So what divides a weight leaves its gradient alone, and what merely
-    copies it divides its gradient; squares of gradients go by (n c)^2. Growing the optimizer's state so that it is the one a larger
-    model would have follows Shen et al. 2022 (Staged training for transformer language models, section 3.1).
-    """
-
-    weights: Change
-    """also of averages of weights"""
-    gradients: Change
-    """first moments and sums of gradients"""
-    squares: Change
-    """second moments"""
-
-    def __call__(self, config: ModelConfig, params: Params, key: Array, aux: Any, /) -> Params:
-        return self.weights(config, params, key)
-
+from llm_jax.transforms.base import IDENTITY, Growth, Transform, chain
 
 KINDS = {
     "average": "weights",
@@ -90,8 +65,12 @@ def carry(
         ConfigError: a change of the weights that is not a growth.
     """
     changes = (change,) if isinstance(change, Transform) else tuple(change)
-    shapes, after = transformer.shapes(config), _after(changes, config)
-    before, now = _by_name(shapes), _by_name(transformer.shapes(after))
+    for each in changes:
+        if not isinstance(each.params, Growth) and each.params is not IDENTITY.params:
+            raise ConfigError(f"{each.label} does not say what becomes of an optimizer's moments, as growths do")
+    whole = chain(*changes)
+    shapes, after = transformer.shapes(config), transformer.shapes(whole.config(config))
+    before, now = _by_name(shapes), _by_name(after)
     held = _by_name(old_opt_state)
 
     def place(name: str) -> tuple[str, str]:
@@ -105,7 +84,7 @@ def carry(
         root, param = place(name)
         if param and jnp.shape(x) == before[param].shape and root.split("/")[-1] in KINDS:
             trees.setdefault(root, {})[param] = x
-    grown = _grow(changes, config, shapes, trees, key)
+    grown = _grow(whole.params, config, shapes, trees, key)
 
     fresh: dict[str, Any] = _by_name(new_opt_state)
     made: dict[str, Any] = {}
@@ -131,29 +110,15 @@ def carry(
     return state, _report(fresh, made, place)
 
 
-def _after(changes: Sequence[Transform], config: ModelConfig) -> ModelConfig:
-    """The sizes after the changes, all of which must say what becomes of moments."""
-    for change in changes:
-        if not isinstance(change.params, Growth) and change.params is not IDENTITY.params:
-            raise ConfigError(
-                f"{change.label} does not say what becomes of an optimizer's moments: give carry the growths one by one"
-            )
-        config = change.config(config)
-    return config
-
-
 def _grow(
-    changes: Sequence[Transform], config: ModelConfig, shapes: Params, trees: dict[str, dict[str, Any]], key: Array
+    growth: Any, config: ModelConfig, shapes: Params, trees: dict[str, dict[str, Any]], key: Array
 ) -> dict[str, dict[str, Array]]:
     """Trees like the params, or parts of them, grown by path; the part that is missing is taken to be zero and left out again."""
 
     def one(root: str, own: dict[str, Any], key: Array) -> dict[str, Array]:
-        sizes = config
         whole = tree.map_with_name(lambda name, x: own.get(name, jnp.zeros(x.shape, x.dtype)), shapes)
-        for change in changes:
-            if isinstance(change.params, Growth):
-                whole = getattr(change.params, KINDS[root.split("/")[-1]])(sizes, whole, key)
-            sizes = change.config(sizes)
+        if isinstance(growth, Growth):
+            whole = getattr(growth, KINDS[root.split("/")[-1]])(config, whole, key)
         return {name: x for name, x in _by_name(whole).items() if name in own}
 
     # What runs once need not be fast; the values are the same.

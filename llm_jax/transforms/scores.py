@@ -19,6 +19,7 @@ from llm_jax.losses import LossFn
 from llm_jax.models import transformer
 from llm_jax.models.config import ModelConfig
 from llm_jax.models.transformer import Params
+from llm_jax.transforms.base import removed
 
 EXACT = jax.lax.Precision.HIGHEST
 
@@ -228,7 +229,7 @@ def _ordered(x: Array) -> Array:
 
 
 def select(rule: Rule, worth: Matrices, weights: Matrices) -> dict[str, Bool[Array, "L I O"]]:
-    """True for the weights that stay when round(sparsity * size) of each group go, those that are zero already first.
+    """True for the weights that stay when round(sparsity * size) of each group go, those that are removed already first.
 
     A group is a layer's matrix, all matrices together (scope "global"), each output (wanda) or every M inputs of an output (N:M, of which
     M - N go). A block is worth the sum of its weights; blocks are counted in place of weights.
@@ -271,14 +272,14 @@ def _compared(rule: Rule) -> tuple[int, ...]:
 
 
 def _pool(pattern: Pattern, worth: Array, weights: Array) -> Array:
-    """The worth of what goes as one, (L, I/M, M, O) or (L, I/R, O/C); that of zeros is below any other."""
+    """The worth of what goes as one, (L, I/M, M, O) or (L, I/R, O/C); that of what is removed is below any other."""
     layers, inputs, outputs = weights.shape
     worth = worth.astype(jnp.float32)
     if pattern.of:
-        return jnp.where(weights == 0, -jnp.inf, worth).reshape(layers, inputs // pattern.of, pattern.of, outputs)
+        return jnp.where(removed(weights), -jnp.inf, worth).reshape(layers, inputs // pattern.of, pattern.of, outputs)
     rows, columns = pattern.rows, pattern.columns
     cut = (layers, inputs // rows, rows, outputs // columns, columns)
-    gone = jnp.all(weights.reshape(cut) == 0, axis=(2, 4))
+    gone = jnp.all(removed(weights).reshape(cut), axis=(2, 4))
     return jnp.where(gone, -jnp.inf, jnp.sum(worth.reshape(cut), axis=(2, 4)))
 
 

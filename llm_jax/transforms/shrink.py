@@ -17,7 +17,7 @@ from llm_jax.errors import ConfigError, choose
 from llm_jax.models import transformer
 from llm_jax.models.config import ModelConfig
 from llm_jax.models.transformer import Params
-from llm_jax.transforms.base import Transform
+from llm_jax.transforms.base import Transform, take
 from llm_jax.transforms.importance import FROM_ROWS, METHODS, OUTGOING, best, best_heads, importance, stacks
 
 Size = float | int | None
@@ -267,16 +267,16 @@ def _take(config: ModelConfig, params: Params, kept: Kept) -> Params:
         stack, block = "/".join(parts[:2]), "/".join(parts[:3])
         if parts[1:2] == ["relative"]:  # a table of all layers, which keep the same heads
             index = kept.get(f"{parts[0]}/layers/attention/heads")
-            return x if index is None else jnp.take(x, index[0], axis=names.index("heads"), mode="clip")
+            return x if index is None else take(x, index[0], axis=names.index("heads"))
         for axis, name in enumerate(names):
             where = {"layers": stack, "mlp": block, "embed": "dim", "hidden": "dim"}.get(name, f"{block}/{name}")
             index = kept.get(where)
             if index is None:
                 continue
             if index.ndim == 2:
-                x = jax.vmap(lambda w, i, axis=axis: jnp.take(w, i, axis=axis - 1, mode="clip"))(x, index)
+                x = jax.vmap(lambda w, i, axis=axis: take(w, i, axis=axis - 1))(x, index)
             else:
-                x = jnp.take(x, index, axis=axis, mode="clip")
+                x = take(x, index, axis=axis)
         return x
 
     return tree.map_with_name(one, params, transformer.axes(config))

@@ -1,18 +1,22 @@
 """The laws of section 1 of the design, as checks that the tests of each transform apply to every family."""
 
 import functools
+import re
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
+from llm_jax import losses, program, sharding, tree
 from llm_jax import model as models
-from llm_jax import sharding
-from llm_jax.config import Mesh
+from llm_jax.config import Mesh, Run
 from llm_jax.models import transformer
 from llm_jax.models.config import ModelConfig
+from llm_jax.tasks import Classification
+from llm_jax.tasks.next_token import vocabulary_loss
 from llm_jax.transforms import Transform
+from llm_jax.transforms.prune import TARGETS
 from tests.families import Tiny, batch_of
 
 FAST = {"xla_backend_optimization_level": 0}
@@ -35,6 +39,32 @@ def changed(change: Transform, tiny: Tiny, aux: Any = None, seed: int = 0) -> tu
     return change.config(tiny.config), jax.device_get(make(tiny.config, tiny.params, jax.random.key(seed), aux))
 
 
+def with_zeros(tiny: Tiny) -> Tiny:
+    """The model with zeros in the matrices of its layers: of seven weights one that is pruned, and one that is fresh, -0."""
+
+    def one(name: str, x: np.ndarray) -> np.ndarray:
+        place = np.arange(x.size).reshape(x.shape) % 7
+        chosen = any(re.fullmatch(regex, name) for regex in TARGETS)
+        return np.select([place == 0, place == 3], [0.0, -0.0], x).astype(x.dtype) if chosen else x
+
+    return tiny._replace(params=tree.map_with_name(one, tiny.params))
+
+
+def equal(found: Any, expected: Any) -> None:
+    """Bit for bit: -0 is not 0."""
+
+    def one(path: Any, x: Any, y: Any) -> None:
+        np.testing.assert_array_equal(x, y, err_msg=str(path))
+        np.testing.assert_array_equal(np.signbit(x), np.signbit(y), err_msg=f"{path}: sign")
+
+    jax.tree_util.tree_map_with_path(one, found, expected)
+
+
+def gone(x: Any) -> np.ndarray:
+    """Where a weight is pruned."""
+    return (np.asarray(x) == 0) & ~np.signbit(x)
+
+
 def same_tree(change: Transform, tiny: Tiny, aux: Any = None) -> None:
     """Law 1: tree, shapes and dtypes are those of a fresh model of the new config."""
     config, params = changed(change, tiny, aux)
@@ -49,7 +79,7 @@ def identity(change: Transform, tiny: Tiny, aux: Any = None) -> None:
     """Law 2: config and weights stay as they are, bit for bit."""
     config, params = changed(change, tiny, aux)
     assert config == tiny.config
-    jax.tree.map(np.testing.assert_array_equal, params, tiny.params)
+    equal(params, tiny.params)
 
 
 def keeps_function(change: Transform, tiny: Tiny, aux: Any = None, atol: float = 1e-5) -> None:
@@ -76,6 +106,49 @@ def same_on_mesh(change: Transform, tiny: Tiny, aux: Any = None, atol: float = 1
     ):
         assert x.sharding.is_equivalent_to(where, x.ndim), path
         np.testing.assert_allclose(x, y, atol=atol, err_msg=str(path))
+        np.testing.assert_array_equal(gone(x), gone(y), err_msg=f"{path}: what is pruned")
+
+
+def objective(config: ModelConfig, rows: int = 3) -> tuple[Any, Any]:
+    """The loss of a family's task, and what its batch holds beside the input."""
+    batch = batch_of(config, rows)
+    rng = np.random.default_rng(1)
+    if config.head in ("lm", "mlm"):
+        if config.head == "mlm":
+            batch["predict"] = rng.integers(0, 4, (rows, 2)).astype(np.int32)
+        shape = (rows, 2) if config.head == "mlm" else batch["tokens"].shape
+        targets = rng.integers(0, config.vocab_size, shape).astype(np.int32)
+        return vocabulary_loss(config, 0.0, 0.0), {
+            **batch,
+            "targets": targets,
+            "weights": rng.random(shape).astype("f"),
+        }
+    if config.patch_size:
+        batch |= {"targets": np.array([0, 1, 2]), "weights": np.ones(3, np.float32)}
+
+        def images(params, batch, key, reference):
+            out = transformer.apply(config, params, batch, key=key)
+            return losses.class_cross_entropy(out, batch["targets"], batch["weights"])
+
+        return images, batch
+    batch["predict"] = np.array([[0, 4], [0, 5], [0, 0]], np.int32)
+    batch |= {"targets": np.array([[0, 1], [2, 0], [1, 1]]), "weights": np.array([[1, 1], [1, 1], [1, 0]], np.float32)}
+    return Classification(labels=("a", "b", "c")).loss(config), batch
+
+
+def trained(run: Run, tiny: Tiny, batch: Any, mesh: Any, steps: int = 2) -> tuple[Any, Any]:
+    """The state, and the metrics of the last step, of a run from the model's weights that reads the same batch in each step."""
+    made = program.make(run, mesh)
+    rows = sharding.put(made.change.rows(batch, {}), mesh)
+    with jax.set_mesh(mesh):
+        begin = jax.jit(made.init, out_shardings=made.shardings._replace(reference={}), compiler_options=FAST)
+        state = begin(jax.random.key(0), tiny.params, None)
+        others = {name: x.params for name, x in made.change.reference.items()}
+        state = state._replace(reference=jax.device_put(others, made.shardings.reference))
+        step = made.step.lower(state, rows).compile(compiler_options=FAST)
+        for _ in range(steps):
+            state, metrics = step(state, rows)
+    return state, metrics
 
 
 def comes_back(change: Transform, tiny: Tiny, folder: Path, aux: Any = None) -> models.Model:
@@ -84,6 +157,6 @@ def comes_back(change: Transform, tiny: Tiny, folder: Path, aux: Any = None) -> 
     models.save(made, folder / "model")
     again = models.load(folder / "model")
     assert again.config == made.config
-    jax.tree.map(np.testing.assert_array_equal, again.params, made.params)
+    equal(again.params, made.params)
     assert again.card["transforms"][-1] == change.label
     return again

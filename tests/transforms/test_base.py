@@ -25,6 +25,15 @@ def named(name: str) -> Transform:
         grad=wrap,
         update=wrap,
         label=name,
+        reference={name: name.upper()},
+        calibration=len(name),
+        steps=10 - len(name),
+        card=lambda params: {"names": {name: len(name)}},
+        extra=lambda sizes, key: {name: (sizes.vocab_size, key)},
+        rows=lambda batch, fingerprint: {**batch, "rows": (*batch["rows"], (name, fingerprint["of"]))},
+        masks=(f"{name}/.*",),
+        densify=name == "bb",
+        moments=name == "ccc",
     )
 
 
@@ -32,7 +41,7 @@ A, B, C = (named(name) for name in ("a", "bb", "ccc"))
 
 
 def effect(change: Transform) -> tuple[Any, ...]:
-    """All five functions of a transform on something simple, and its label."""
+    """All functions of a transform on something simple, and what it asks for."""
     plain = lambda *arguments: ",".join(map(str, arguments))  # noqa: E731
     return (
         change.config(SIZES).vocab_size,
@@ -41,6 +50,15 @@ def effect(change: Transform) -> tuple[Any, ...]:
         change.grad(plain)("p", "b"),
         change.update(plain)("p"),
         change.label,
+        change.reference,
+        change.calibration,
+        change.steps,
+        change.card({}),
+        change.extra(SIZES, "key"),
+        change.rows({"rows": ()}, {"of": "stream"}),
+        change.masks,
+        change.densify,
+        change.moments,
     )
 
 
@@ -53,8 +71,21 @@ def test_members_apply_in_turn():
         "bb(a(p,b))",
         "bb(a(p))",
         "a, bb",
+        {"a": "A", "bb": "BB"},
+        2,
+        9,
+        {"names": {"a": 1, "bb": 2}},
+        {"a": (SIZES.vocab_size, "key"), "bb": (SIZES.vocab_size, "key")},
+        {"rows": (("a", "stream"), ("bb", "stream"))},
+        ("a/.*", "bb/.*"),
+        True,
+        False,
     )
     assert effect(chain(A, B)) != effect(chain(B, A))
+
+
+def test_a_record_has_no_part_that_is_not_tried_here():
+    assert len(effect(A)) == len(Transform._fields)
 
 
 def test_chain_is_associative():
@@ -77,6 +108,7 @@ def test_the_identity_does_nothing():
     for change in (IDENTITY, chain(), Transform()):
         marker = object()
         params, rule = {"a": marker}, optax.sgd(0.1)
+        assert change.params is IDENTITY.params and change.rows is IDENTITY.rows
         assert change.config(SIZES) is SIZES and change.params(SIZES, params, None, None) is params
         assert change.loss(marker) is marker and change.grad(marker) is marker and change.update(rule) is rule
 

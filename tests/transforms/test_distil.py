@@ -14,12 +14,11 @@ from llm_jax.losses import Loss
 from llm_jax.models import presets, transformer
 from llm_jax.models.heads import Outputs
 from llm_jax.tasks import Classification, NextToken
-from llm_jax.tasks.next_token import vocabulary_loss
 from llm_jax.transforms import IDENTITY
 from llm_jax.transforms.distil import _attention as attention_distance
 from llm_jax.transforms.distil import cached, distil
-from tests.families import FAMILIES, SIZE, batch_of, random_params, tiny_model
-from tests.transforms.laws import FAST
+from tests.families import FAMILIES, SIZE, random_params, tiny_model
+from tests.transforms.laws import FAST, objective
 
 jit = functools.partial(jax.jit, compiler_options=FAST)
 B, S, D, E, V = 3, 10, 8, 6, 23
@@ -353,33 +352,6 @@ def test_memory_does_not_grow_with_tokens_times_vocabulary(monkeypatch):
 
 
 # Every family
-
-
-def objective(config):
-    """The loss of a family's task, and what its batch holds beside the input."""
-    batch = batch_of(config)
-    rng = np.random.default_rng(1)
-    if config.head in ("lm", "mlm"):
-        if config.head == "mlm":
-            batch["predict"] = rng.integers(0, 4, (3, 2)).astype(np.int32)
-        shape = (3, 2) if config.head == "mlm" else batch["tokens"].shape
-        targets = rng.integers(0, config.vocab_size, shape).astype(np.int32)
-        return vocabulary_loss(config, 0.0, 0.0), {
-            **batch,
-            "targets": targets,
-            "weights": rng.random(shape).astype("f"),
-        }
-    if config.patch_size:
-        batch |= {"targets": np.array([0, 1, 2]), "weights": np.ones(3, np.float32)}
-
-        def images(params, batch, key, reference):
-            out = transformer.apply(config, params, batch, key=key)
-            return losses.class_cross_entropy(out, batch["targets"], batch["weights"])
-
-        return images, batch
-    batch["predict"] = np.array([[0, 4], [0, 5], [0, 0]], np.int32)
-    batch |= {"targets": np.array([[0, 1], [2, 0], [1, 1]]), "weights": np.array([[1, 1], [1, 1], [1, 0]], np.float32)}
-    return Classification(labels=("a", "b", "c")).loss(config), batch
 
 
 @pytest.mark.parametrize("name", FAMILIES)

@@ -9,20 +9,21 @@ import optax
 import pytest
 import tokenizers
 
-from llm_jax import tree
+from llm_jax import sharding, tree
 from llm_jax.data.tokenizer import Tokenizer, load_tokenizer
 from llm_jax.errors import ConfigError, DataError
 from llm_jax.models import transformer
-from llm_jax.transforms.base import Transform, chain
+from llm_jax.transforms.base import IDENTITY, Transform, chain
 from llm_jax.transforms.extend_vocabulary import extend_vocabulary, pieces_of
 from llm_jax.transforms.freeze import freeze
 from llm_jax.transforms.grow_depth import grow_depth
 from llm_jax.transforms.grow_width import grow_width
 from llm_jax.transforms.lengthen import lengthen
 from llm_jax.transforms.merge import merge
-from llm_jax.transforms.moments import carry
+from llm_jax.transforms.moments import carry, carry_moments
 from llm_jax.transforms.moving_average import moving_average
-from tests.families import FAMILIES, batch_of, tiny_model
+from llm_jax.transforms.prune import prune
+from tests.families import FAMILIES, Tiny, batch_of, tiny_model
 from tests.transforms import laws
 
 EVERY = pytest.mark.parametrize("family", FAMILIES)
@@ -164,6 +165,29 @@ def test_noise_reaches_the_copies_alone():
     np.testing.assert_array_equal(noisy[up][..., :24], exact[up][..., :24])
     added = (noisy[up] - exact[up])[..., 24:]
     assert 0.07 < added.std() / exact[up].std() < 0.13
+
+
+BOTH = dict(dim=32, mlp_dim=40, heads=8)
+
+
+@pytest.mark.parametrize(
+    "change, copied",
+    [
+        (grow_width(**BOTH, noise=0.1), grow_width(**BOTH)),
+        (grow_depth(4, how="stack"), grow_depth(4, how="stack")),
+        (grow_depth(4, how="zero"), grow_depth(4, how="interleave")),
+    ],
+    ids=["noise", "stack", "zero"],
+)
+def test_copies_of_a_pruned_weight_are_pruned(change, copied):
+    """And no other weight is, though it begin at zero."""
+    tiny = laws.with_zeros(tiny_model("llama"))
+    marks = jax.tree.map(lambda x: np.where(laws.gone(x), 0, 1).astype(np.float32), tiny.params)
+    _, marks = laws.changed(copied, Tiny("", tiny.config, marks))
+    found = leaves(laws.changed(change, tiny)[1])
+    assert all(laws.gone(found[f"decoder/layers/{name}"]).mean() > 0.1 for name in ("attention/out", "mlp/down"))
+    for name, x in found.items():
+        np.testing.assert_array_equal(laws.gone(x), leaves(marks)[name] == 0, err_msg=name)
 
 
 # Vocabulary and length
@@ -420,6 +444,30 @@ def test_moments_of_new_layers():
         expected = np.array(x)[[0, 0, 1, 1]]
         expected[[1, 3]] = 0
         np.testing.assert_array_equal(leaves(after.mu["decoder"]["layers"])[name], expected)
+
+
+def test_moments_go_through_a_chain_and_lie_on_a_mesh_as_on_one_device(mesh):
+    tiny = tiny_model("llama")
+    changes = (grow_depth(4, how="interleave"), grow_width(**BOTH, how="cycle"), extend_vocabulary(PIECES))
+    old, expected, told, params = carried(changes, tiny, OPTIMIZER)
+    config = chain(*changes).config(tiny.config)
+    many = mesh(data=2, fsdp=2, tensor=2)
+
+    def placed(sizes, state):
+        shapes = transformer.shapes(sizes)
+        own = sharding.params_shardings(many, transformer.axes(sizes), shapes)
+        return jax.device_put(state, sharding.state_shardings(many, state, shapes, own))
+
+    with jax.set_mesh(many):
+        fresh = placed(config, quick(OPTIMIZER.init)(params))
+        for change in (changes, chain(chain(*changes[:2], IDENTITY), carry_moments(), changes[2])):
+            found, report = carry(change, tiny.config, placed(tiny.config, old), fresh, KEY)
+            assert report == told and jax.tree.structure(found) == jax.tree.structure(expected)
+            for (name, x), y, z in zip(leaves(found).items(), jax.tree.leaves(expected), jax.tree.leaves(fresh)):
+                np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-9, err_msg=name)
+                assert x.sharding.is_equivalent_to(z.sharding, x.ndim), name
+    with pytest.raises(ConfigError, match=r"prune\(0.5\), grow_depth\(.*\) does not say what becomes of"):
+        carry(chain(prune(0.5), changes[0]), tiny.config, old, old, KEY)
 
 
 def test_moments_under_freezing_and_averages_of_several_growths():

@@ -10,6 +10,8 @@ from llm_jax import cli, model, sharding
 from llm_jax.errors import ConfigError
 from llm_jax.models import presets, transformer
 from llm_jax.transforms import merge
+from tests.families import Tiny
+from tests.transforms import laws
 
 SIZES = presets.llama(vocab_size=16, max_length=8, layers=2, dim=8, heads=2, kv_heads=1, mlp_dim=16)
 METHODS = ["mean", "moving_average", "slerp", "task_vectors", "ties"]
@@ -83,8 +85,24 @@ def test_ties():
 
 @pytest.mark.parametrize("method", METHODS)
 def test_of_equal_models_it_is_that_model_bit_for_bit(method):
-    models = [A, A] if method == "slerp" else [A, A, A]
-    jax.tree.map(np.testing.assert_array_equal, merged(merge(method), *models), A)
+    first = laws.with_zeros(Tiny("", SIZES, A)).params
+    models = [first, first] if method == "slerp" else [first, first, first]
+    laws.equal(merged(merge(method), *models), first)
+
+
+NOTHING = [
+    merge(weights=(1, 0)),
+    merge("moving_average", decay=1.0),
+    merge("slerp", t=0.0),
+    merge("task_vectors", scale=0.0),
+    merge("ties", scale=0.0),
+]
+
+
+@pytest.mark.parametrize("change", NOTHING, ids=lambda x: x.label)
+def test_at_zero_strength_it_is_the_first_model_bit_for_bit(change):
+    first = laws.with_zeros(Tiny("", SIZES, A)).params
+    laws.equal(merged(change, first, B), first)
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -28,7 +28,7 @@ from llm_jax.transforms.prune import (
     pruned_card,
     sparsities,
 )
-from llm_jax.transforms.scores import matrix, smallest, sparsegpt
+from llm_jax.transforms.scores import Rule, matrix, parse_pattern, select, smallest, sparsegpt
 from tests.families import FAMILIES, batch_of, tiny_model
 from tests.transforms import laws
 from tests.transforms.laws import FAST
@@ -161,6 +161,15 @@ def test_of_equal_weights_exactly_so_many_go(problem):
         total = sum(x.size for x in made.values())
         zeros = sum(int((x == 0).sum()) for x in made.values())
         assert abs(zeros - (0.5 if "2:4" in change.label else 0.3) * total) <= 2 * len(made) * 4, change.label
+
+
+@pytest.mark.parametrize("pattern", ["unstructured", "block:1x1", "1:2"])
+def test_what_is_pruned_counts_before_what_is_fresh(pattern):
+    """Of the weights -0, 0, 1 and 2 one goes, or one of each two: that which is pruned already."""
+    weights = {"": jnp.array([-0.0, 0.0, 1.0, 2.0]).reshape(1, 4, 1)}
+    rule = Rule(0.5 if pattern == "1:2" else 0.25, "magnitude", "layer", parse_pattern(pattern), ())
+    kept = select(rule, {"": jnp.abs(weights[""])}, weights)[""]
+    assert kept.reshape(-1).tolist() == [True, False, pattern != "1:2", True]
 
 
 def test_random_ones_go(problem):
