@@ -64,15 +64,11 @@ def times(cost: Cost, count: float) -> Cost:
 
 
 def plus(a: Cost, b: Cost) -> Cost:
-    """The cost of both.
-
-    A channel in both is one collective: it is printed where it starts, where its parts run beside other work, which may be a loop, and
-    where it ends. It takes place as often as the outermost of these.
-    """
+    """The cost of both. A channel in both takes place in both, as where the first turn of a loop stands before it."""
     channels = dict(a.channels)
     for name, (one, often) in b.channels.items():
-        other, before = channels.get(name, (one, often))
-        channels[name] = (max(one, other, key=lambda c: c.payload), min(often, before))
+        other, before = channels.get(name, (one, 0.0))
+        channels[name] = (max(one, other, key=lambda c: c.payload), often + before)
     return Cost(
         a.flops + b.flops,
         a.kernel_flops + b.kernel_flops,
@@ -267,8 +263,34 @@ def _memory(module: Module, inside: Computation, x: Instruction) -> float:
     return sum(given) + made
 
 
-def _arithmetic(x: Instruction, inside: Computation, fused: bool, devices: int, share: float) -> Cost:
-    """What an instruction computes or sends by itself, without what it calls."""
+def _channel(x: Instruction) -> str:
+    found = re.search(r"channel_id=(\d+)", x.rest)
+    return found[1] if found else x.name
+
+
+def _begins(x: Instruction, inside: Computation) -> bool:
+    """Whether a collective that runs beside other work is printed here where it begins."""
+    return any(x.name in y.operands and "AsyncCollectiveStart" in y.rest for y in inside.values())
+
+
+def _begun(module: Module) -> frozenset[str]:
+    """Channels of collectives that run beside other work: each is printed where it begins, in whatever runs meanwhile, and where it ends."""
+    return frozenset(
+        _channel(x)
+        for inside in module.computations.values()
+        for x in inside.values()
+        if x.opcode in COLLECTIVES and _begins(x, inside)
+    )
+
+
+def _arithmetic(
+    x: Instruction, inside: Computation, fused: bool, devices: int, share: float, begun: frozenset[str]
+) -> Cost:
+    """What an instruction computes or sends by itself, without what it calls.
+
+    Args:
+        begun: channels that count where they begin alone.
+    """
     if x.opcode == "dot":
         return Cost(_dot(x, inside))
     if x.opcode == "convolution":
@@ -277,9 +299,9 @@ def _arithmetic(x: Instruction, inside: Computation, fused: bool, devices: int, 
         found = kernel_flops(x, inside, share)
         return Cost(found, found) if found is not None else Cost(unknown=(x.name,))
     if x.opcode.removesuffix("-start") in COLLECTIVES:
-        channel = re.search(r"channel_id=(\d+)", x.rest)
-        one = _collective(x, inside, devices, fused)
-        return Cost(channels={channel[1] if channel else x.name: (one, 1.0)})
+        if _channel(x) in begun and not _begins(x, inside):
+            return Cost()
+        return Cost(channels={_channel(x): (_collective(x, inside, devices, fused), 1.0)})
     if x.opcode == "send" and (crossing := _between_slices(x, inside)) is not None:
         return Cost(channels={x.name: (crossing, 1.0)})
     return Cost()
@@ -293,6 +315,7 @@ def cost(text: str, devices: int = 1, attention_share: float = 0.5) -> Cost:
         attention_share: of the pairs of a query and a key that an attention kernel visits.
     """
     module = read(text)
+    begun = _begun(module)
 
     def calls(x: Instruction, inside: Computation, fused: bool) -> Cost:
         """What the computations that an instruction runs cost."""
@@ -317,7 +340,7 @@ def cost(text: str, devices: int = 1, attention_share: float = 0.5) -> Cost:
         inside = module.computations.get(name, {})
         total = Cost()
         for x in inside.values():
-            for found in (_arithmetic(x, inside, fused, devices, attention_share), calls(x, inside, fused)):
+            for found in (_arithmetic(x, inside, fused, devices, attention_share, begun), calls(x, inside, fused)):
                 total = plus(total, found) if found != Cost() else total
             if not fused:
                 total = total._replace(memory=total.memory + _memory(module, inside, x))
