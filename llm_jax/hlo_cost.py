@@ -44,36 +44,35 @@ class Cost(NamedTuple):
     """of them in kernels, which XLA does not see into"""
     memory: float = 0.0
     """bytes read and written in the device's memory, those of collectives left out"""
-    channels: dict[str, tuple[Collective, float]] = {}  # noqa: RUF012  (never written to)
-    """collectives by channel, and how often each takes place"""
+    collectives: dict[str, tuple[Collective, float]] = {}  # noqa: RUF012  (never written to)
+    """collectives by the name of the instruction, and how often each takes place"""
     unknown: tuple[str, ...] = ()
     """kernels and loops that are not understood: they count as no operations, or as one turn"""
 
     def summed(self, what: str, between: bool = False) -> dict[str, float]:
         """Bytes of each kind of collective, within a slice or between slices: `payload`, `sent` or `memory`."""
         total: dict[str, float] = {}
-        for one, count in (x for x in self.channels.values() if x[0].between == between):
+        for one, count in (x for x in self.collectives.values() if x[0].between == between):
             total[one.kind] = total.get(one.kind, 0.0) + getattr(one, what) * count
         return total
 
 
 def times(cost: Cost, count: float) -> Cost:
     """The cost of so many turns."""
-    channels = {name: (one, often * count) for name, (one, often) in cost.channels.items()}
-    return Cost(cost.flops * count, cost.kernel_flops * count, cost.memory * count, channels, cost.unknown)
+    collectives = {name: (one, often * count) for name, (one, often) in cost.collectives.items()}
+    return Cost(cost.flops * count, cost.kernel_flops * count, cost.memory * count, collectives, cost.unknown)
 
 
 def plus(a: Cost, b: Cost) -> Cost:
-    """The cost of both. A channel in both takes place in both, as where the first turn of a loop stands before it."""
-    channels = dict(a.channels)
-    for name, (one, often) in b.channels.items():
-        other, before = channels.get(name, (one, 0.0))
-        channels[name] = (max(one, other, key=lambda c: c.payload), often + before)
+    """The cost of both."""
+    collectives = dict(a.collectives)
+    for name, (one, often) in b.collectives.items():
+        collectives[name] = (one, often + collectives.get(name, (one, 0.0))[1])
     return Cost(
         a.flops + b.flops,
         a.kernel_flops + b.kernel_flops,
         a.memory + b.memory,
-        channels,
+        collectives,
         tuple(dict.fromkeys(a.unknown + b.unknown)),
     )
 
@@ -299,11 +298,12 @@ def _arithmetic(
         found = kernel_flops(x, inside, share)
         return Cost(found, found) if found is not None else Cost(unknown=(x.name,))
     if x.opcode.removesuffix("-start") in COLLECTIVES:
-        if _channel(x) in begun and not _begins(x, inside):
-            return Cost()
-        return Cost(channels={_channel(x): (_collective(x, inside, devices, fused), 1.0)})
+        one = _collective(x, inside, devices, fused)
+        # In a fusion that does not begin it: one that ends it, or that runs beside it. A reduce-scatter is a fusion by itself.
+        again = fused and one.kind != "reduce-scatter" and _channel(x) in begun and not _begins(x, inside)
+        return Cost() if again else Cost(collectives={x.name: (one, 1.0)})
     if x.opcode == "send" and (crossing := _between_slices(x, inside)) is not None:
-        return Cost(channels={x.name: (crossing, 1.0)})
+        return Cost(collectives={x.name: (crossing, 1.0)})
     return Cost()
 
 
