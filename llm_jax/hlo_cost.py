@@ -6,7 +6,6 @@ XLA's own `cost_analysis` counts the body of a loop once and a kernel as nothing
 import functools
 import math
 import re
-from collections import Counter
 from typing import NamedTuple
 
 import numpy as np
@@ -45,40 +44,35 @@ class Cost(NamedTuple):
     """of them in kernels, which XLA does not see into"""
     memory: float = 0.0
     """bytes read and written in the device's memory, those of collectives left out"""
-    channels: dict[str, tuple[Collective, float]] = {}  # noqa: RUF012  (never written to)
-    """collectives by channel, and how often each takes place"""
+    collectives: dict[str, tuple[Collective, float]] = {}  # noqa: RUF012  (never written to)
+    """collectives by the name of the instruction, and how often each takes place"""
     unknown: tuple[str, ...] = ()
     """kernels and loops that are not understood: they count as no operations, or as one turn"""
 
     def summed(self, what: str, between: bool = False) -> dict[str, float]:
         """Bytes of each kind of collective, within a slice or between slices: `payload`, `sent` or `memory`."""
         total: dict[str, float] = {}
-        for one, count in (x for x in self.channels.values() if x[0].between == between):
+        for one, count in (x for x in self.collectives.values() if x[0].between == between):
             total[one.kind] = total.get(one.kind, 0.0) + getattr(one, what) * count
         return total
 
 
 def times(cost: Cost, count: float) -> Cost:
     """The cost of so many turns."""
-    channels = {name: (one, often * count) for name, (one, often) in cost.channels.items()}
-    return Cost(cost.flops * count, cost.kernel_flops * count, cost.memory * count, channels, cost.unknown)
+    collectives = {name: (one, often * count) for name, (one, often) in cost.collectives.items()}
+    return Cost(cost.flops * count, cost.kernel_flops * count, cost.memory * count, collectives, cost.unknown)
 
 
 def plus(a: Cost, b: Cost) -> Cost:
-    """The cost of both.
-
-    A channel in both is one collective: it is printed where it starts, where its parts run beside other work, which may be a loop, and
-    where it ends. It takes place as often as the outermost of these.
-    """
-    channels = dict(a.channels)
-    for name, (one, often) in b.channels.items():
-        other, before = channels.get(name, (one, often))
-        channels[name] = (max(one, other, key=lambda c: c.payload), min(often, before))
+    """The cost of both."""
+    collectives = dict(a.collectives)
+    for name, (one, often) in b.collectives.items():
+        collectives[name] = (one, often + collectives.get(name, (one, 0.0))[1])
     return Cost(
         a.flops + b.flops,
         a.kernel_flops + b.kernel_flops,
         a.memory + b.memory,
-        channels,
+        collectives,
         tuple(dict.fromkeys(a.unknown + b.unknown)),
     )
 
@@ -272,21 +266,34 @@ def _memory(module: Module, inside: Computation, x: Instruction) -> float:
     return sum(given) + made
 
 
-def _shared_channels(module: Module) -> set[str]:
-    """Channels that several collectives have: one computation names them twice, as those of a `shard_map`, which numbers all alike."""
-    shared: set[str] = set()
-    for inside in module.computations.values():
-        named = Counter(
-            found[1]
-            for x in inside.values()
-            if x.opcode.removesuffix("-start") in COLLECTIVES and (found := re.search(r"channel_id=(\d+)", x.rest))
-        )
-        shared |= {channel for channel, count in named.items() if count > 1}
-    return shared
+def _channel(x: Instruction) -> str:
+    found = re.search(r"channel_id=(\d+)", x.rest)
+    return found[1] if found else x.name
 
 
-def _arithmetic(x: Instruction, inside: Computation, fused: bool, devices: int, share: float, shared: set[str]) -> Cost:
-    """What an instruction computes or sends by itself, without what it calls."""
+def _begins(x: Instruction, inside: Computation) -> bool:
+    """Whether a collective that runs beside other work is printed here where it begins."""
+    return any(x.name in y.operands and "AsyncCollectiveStart" in y.rest for y in inside.values())
+
+
+def _begun(module: Module) -> frozenset[str]:
+    """Channels of collectives that run beside other work: each is printed where it begins, in whatever runs meanwhile, and where it ends."""
+    return frozenset(
+        _channel(x)
+        for inside in module.computations.values()
+        for x in inside.values()
+        if x.opcode in COLLECTIVES and _begins(x, inside)
+    )
+
+
+def _arithmetic(
+    x: Instruction, inside: Computation, fused: bool, devices: int, share: float, begun: frozenset[str]
+) -> Cost:
+    """What an instruction computes or sends by itself, without what it calls.
+
+    Args:
+        begun: channels that count where they begin alone.
+    """
     if x.opcode == "dot":
         return Cost(_dot(x, inside))
     if x.opcode == "convolution":
@@ -295,12 +302,12 @@ def _arithmetic(x: Instruction, inside: Computation, fused: bool, devices: int, 
         found = kernel_flops(x, inside, share)
         return Cost(found, found) if found is not None else Cost(unknown=(x.name,))
     if x.opcode.removesuffix("-start") in COLLECTIVES:
-        channel = re.search(r"channel_id=(\d+)", x.rest)
         one = _collective(x, inside, devices, fused)
-        own = channel is not None and channel[1] not in shared
-        return Cost(channels={channel[1] if channel and own else x.name: (one, 1.0)})
+        # In a fusion that does not begin it: one that ends it, or that runs beside it. A reduce-scatter is a fusion by itself.
+        again = fused and one.kind != "reduce-scatter" and _channel(x) in begun and not _begins(x, inside)
+        return Cost() if again else Cost(collectives={x.name: (one, 1.0)})
     if x.opcode == "send" and (crossing := _between_slices(x, inside)) is not None:
-        return Cost(channels={x.name: (crossing, 1.0)})
+        return Cost(collectives={x.name: (crossing, 1.0)})
     return Cost()
 
 
@@ -312,7 +319,7 @@ def cost(text: str, devices: int = 1, attention_share: float = 0.5) -> Cost:
         attention_share: of the pairs of a query and a key that an attention kernel visits.
     """
     module = read(text)
-    shared = _shared_channels(module)
+    begun = _begun(module)
 
     def calls(x: Instruction, inside: Computation, fused: bool) -> Cost:
         """What the computations that an instruction runs cost."""
@@ -337,7 +344,7 @@ def cost(text: str, devices: int = 1, attention_share: float = 0.5) -> Cost:
         inside = module.computations.get(name, {})
         total = Cost()
         for x in inside.values():
-            for found in (_arithmetic(x, inside, fused, devices, attention_share, shared), calls(x, inside, fused)):
+            for found in (_arithmetic(x, inside, fused, devices, attention_share, begun), calls(x, inside, fused)):
                 total = plus(total, found) if found != Cost() else total
             if not fused:
                 total = total._replace(memory=total.memory + _memory(module, inside, x))

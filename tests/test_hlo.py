@@ -69,9 +69,17 @@ def test_a_convolution_counts_the_pairs_that_meet(stride, padding, dilated):
 
 TPU = """HloModule m, is_scheduled=true
 
-%gathered (p0: bf16[6,32,128]) -> bf16[128,128] {
-  %p0 = bf16[6,32,128]{2,1,0:T(8,128)(2,1)} parameter(0)
-  ROOT %all-gather.2 = bf16[128,128]{1,0:T(8,128)(2,1)} all-gather(%p0), channel_id=7, replica_groups=[1,4]<=[4], dimensions={0}
+%begins (p0: bf16[32,128]) -> (bf16[32,128], bf16[128,128], u32[]) {
+  %p0 = bf16[32,128]{1,0:T(8,128)(2,1)} parameter(0)
+  %all-gather.2 = bf16[128,128]{1,0:T(8,128)(2,1)} all-gather(%p0), channel_id=7, replica_groups=[1,4]<=[4], dimensions={0}
+  ROOT %begin = (bf16[32,128]{1,0}, bf16[128,128]{1,0}, u32[]) custom-call(%all-gather.2), custom_call_target="AsyncCollectiveStart"
+}
+
+%ends (p1: bf16[32,128], p2: bf16[128,128]) -> bf16[128,128] {
+  %p1 = bf16[32,128]{1,0:T(8,128)(2,1)} parameter(0)
+  %p2 = bf16[128,128]{1,0:T(8,128)(2,1)} parameter(1)
+  %all-gather.3 = bf16[128,128]{1,0:T(8,128)(2,1)} all-gather(%p1), channel_id=7, replica_groups=[1,4]<=[4], dimensions={0}
+  ROOT %end = bf16[128,128]{1,0} custom-call(%p1, %p2, %all-gather.3), custom_call_target="AsyncCollectiveDone"
 }
 
 %add (x: bf16[], y: bf16[]) -> bf16[] {
@@ -94,6 +102,9 @@ TPU = """HloModule m, is_scheduled=true
   %by = s32[]{:T(128)} get-tuple-element(%state), index=2
   %next = s32[]{:T(128)} add(%i, %by)
   %scores = f32[2,4,128,128]{2,3,1,0:T(8,128)} convolution(%q, %q), window={size=2x4 stride=1x3 lhs_dilate=2x4}, dim_labels=0b1f_0o1i->01bf
+  %ended = bf16[128,128]{1,0:T(8,128)(2,1)S(1)} fusion(%part, %all), kind=kCustom, calls=%ends
+  %part = bf16[32,128]{1,0:T(8,128)(2,1)} copy(%of)
+  %all-gather.4 = bf16[128,128]{1,0:T(8,128)(2,1)} all-gather(%part), channel_id=8, replica_groups=[1,4]<=[4], dimensions={0}
   ROOT %after = (s32[]{:T(128)}, f32[2,128,4,32]{3,1,2,0:T(8,128)}, s32[]{:T(128)}) tuple(%next, %q, %by)
 }
 
@@ -112,8 +123,8 @@ ENTRY %main (w: bf16[32,128], q: f32[2,128,4,32], g: bf16[128,128]) -> bf16[32,1
   %from = s32[]{:T(128)} copy(%two)
   %before = (s32[]{:T(128)}, f32[2,128,4,32]{3,1,2,0:T(8,128)}, s32[]{:T(128)}) tuple(%from, %q.1, %two)
   %while.1 = (s32[]{:T(128)}, f32[2,128,4,32]{3,1,2,0:T(8,128)}, s32[]{:T(128)}) while(%before), condition=%condition, body=%body
-  %start = bf16[128,128]{1,0:T(8,128)(2,1)S(1)} fusion(%w), kind=kCustom, calls=%gathered
-  %all-gather.1 = bf16[128,128]{1,0:T(8,128)(2,1)} all-gather(%w), channel_id=7, replica_groups=[1,4]<=[4], dimensions={0}
+  %start = (bf16[32,128]{1,0}, bf16[128,128]{1,0}, u32[]) fusion(%w), kind=kCustom, calls=%begins
+  %all-gather.1 = bf16[128,128]{1,0:T(8,128)(2,1)} all-gather(%w), channel_id=8, replica_groups=[1,4]<=[4], dimensions={0}
   %kernel = (bf16[1,8,64,32]{3,2,1,0}, f32[8,64]{1,0}) custom-call(%a, %b), custom_call_target="tpu_custom_call", backend_config={}
   ROOT %scattered = bf16[32,128]{1,0:T(8,128)(2,1)} fusion(%g), kind=kCustom, calls=%all-reduce-scatter
 }
@@ -121,14 +132,16 @@ ENTRY %main (w: bf16[32,128], q: f32[2,128,4,32], g: bf16[128,128]) -> bf16[32,1
 
 
 def test_a_tpu_program():
-    """A product as a dilated convolution, five turns told by the condition alone, a reduce-scatter as a fusion, a channel printed twice."""
+    """A product as a dilated convolution, five turns told by the condition alone, a reduce-scatter as a fusion; an all-gather that ends in a
+    loop and counts where it begins, and one whose first turn of six stands before the loop.
+    """
     found = hlo_cost.cost(TPU, 4)
     assert found.flops == 5 * 2 * 2 * 4 * 128 * 128 * 32
     whole = 128 * 128 * 2
     assert found.summed("payload") == {
-        "all-gather": 6 * whole,
+        "all-gather": (1 + 6) * whole,
         "reduce-scatter": whole / 4,
-    }  # the larger of what is printed
+    }
     assert found.summed("sent")["reduce-scatter"] == whole * 3 / 4
     assert found.unknown == ("kernel",)
 
