@@ -625,3 +625,22 @@ def test_a_config_that_lacks_a_newer_key_had_its_default():
     here = json.loads(json.dumps(config.to_dict(Run(task=NextToken(), data=Data(shards=2)))))
     assert loop._differences(filled, here) == ["data.shards is 1 there and 2 here"]
     assert not loop._differences(filled, json.loads(json.dumps(config.to_dict(Run(task=NextToken())))))
+
+
+def test_repeatable_runs_are_equal_and_go_on_in_their_mode(texts: Path, tmp_path: Path, monkeypatch):
+    monkeypatch.setenv("LLM_JAX_REPEATABLE", "1")
+    runs = [change(tiny_run(texts, tmp_path / name), steps=4, eval=dict(every=4)) for name in ("a", "b")]
+    for run in runs:
+        loop.train(run)
+    assert lines(runs[0]) == lines(runs[1]) and params_hash(runs[0]) == params_hash(runs[1])
+    assert checkpoint.read_card(runs[0].folder)["repeatable"] is True
+    monkeypatch.setenv("LLM_JAX_REPEATABLE", "0")
+    with pytest.raises(CheckpointError, match="was begun with LLM_JAX_REPEATABLE=1: set it, or give"):
+        loop.train(runs[0])
+
+
+def test_a_run_that_was_not_begun_repeatable_stays_so(copied: Run, monkeypatch: pytest.MonkeyPatch):
+    assert checkpoint.read_card(copied.folder)["repeatable"] is False
+    monkeypatch.setenv("LLM_JAX_REPEATABLE", "1")
+    with pytest.raises(CheckpointError, match="was begun without LLM_JAX_REPEATABLE=1: unset it, or give"):
+        loop.train(copied)
