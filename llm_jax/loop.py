@@ -244,10 +244,13 @@ class _Session:
 
     def one_step(self) -> None:
         """Take a batch and a step; read the metrics of the step before, so that the device is never waited for."""
-        before = self.times.seconds["input"]
-        with self.times.of("input"):
+        part = (
+            "start" if self.at == self.start else "input"
+        )  # the first batch comes once readers and packing are under way
+        before = self.times.seconds[part]
+        with self.times.of(part):
             rows = next(self.parts.train)
-        waited = self.times.seconds["input"] - before
+        waited = self.times.seconds[part] - before
         self.accounting.add(rows.account)
         self.accounting.check(self.run.data.max_dropped)
         batch = sharding.put(self.parts.rows(rows.batch), self.parts.mesh)
