@@ -144,9 +144,8 @@ def compiler_options(devices: int = 1) -> dict[str, Any]:
     **GPU**, several of them: collectives run beside the arithmetic. They are begun a layer ahead (pipelined), two layers to a turn of the
     loop, and the scheduler moves them away from where they are waited for. Not timed: nobody here has a GPU.
 
-    **TPU**: none. libtpu does the like by itself: with 0.0.52 none of the options that are recommended for it (asynchronous collective fusion and what it
-    fuses, the latency hiding scheduler, asynchronous collectives, overlap of compute and collectives, data parallel all-reduces) changes the
-    compiled program. LIBTPU_INIT_ARGS is libtpu's own, and nothing here overrides it.
+    **TPU**: none. By itself libtpu (0.0.52) moves most collectives beside the arithmetic; of the options that are recommended for it only two
+    together change the compiled step: docs/scale.md tells how. They were never timed, so they are left to LIBTPU_INIT_ARGS.
     """
     wanted: tuple[str, ...] = ()
     if target() == "cpu":
