@@ -15,7 +15,7 @@ from jaxtyping import Array
 from llm_jax import config as configs
 from llm_jax import tree
 from llm_jax.models.config import ModelConfig
-from llm_jax.platform import on_device
+from llm_jax.platform import on_device, repeatable
 
 Card = dict[str, Any]
 
@@ -77,6 +77,7 @@ def make_card(
         "code": code_version(),
         "libraries": library_versions(),
         "device": {"kind": jax.devices()[0].device_kind, "count": jax.device_count(), "processes": jax.process_count()},
+        "repeatable": repeatable(),
         "mesh": {name: int(size) for name, size in mesh.shape.items()},
         **counts,
     }

@@ -22,7 +22,7 @@ from llm_jax.data.pipeline import check_fingerprint
 from llm_jax.errors import CheckpointError, NonFiniteError, choose
 from llm_jax.metrics import rising
 from llm_jax.parts import Parts, build, cost_told, describe
-from llm_jax.platform import await_buffers, gather, release_freed_memory, setup
+from llm_jax.platform import await_buffers, gather, release_freed_memory, repeatable, setup
 from llm_jax.storage import Path, as_path
 from llm_jax.tasks.base import Judgement
 from llm_jax.times import Times, Trace
@@ -112,6 +112,11 @@ def _check_continues(parts: Parts, card: cards.Card) -> None:
         raise CheckpointError(
             f"{parts.run.folder} holds a run of another config ({different[0]}): "
             "give this one another name or workdir, or remove that folder"
+        )
+    if (began := card.get("repeatable", False)) != repeatable():
+        raise CheckpointError(
+            f"{parts.run.folder} was begun {'with' if began else 'without'} LLM_JAX_REPEATABLE=1: "
+            f"{'set' if began else 'unset'} it, or give this run another name or workdir"
         )
     if not parts.run.checkpoint.allow_changed_data:
         check_fingerprint(card["sources"], parts.train.fingerprint())
@@ -239,10 +244,13 @@ class _Session:
 
     def one_step(self) -> None:
         """Take a batch and a step; read the metrics of the step before, so that the device is never waited for."""
-        before = self.times.seconds["input"]
-        with self.times.of("input"):
+        part = (
+            "start" if self.at == self.start else "input"
+        )  # the first batch comes once readers and packing are under way
+        before = self.times.seconds[part]
+        with self.times.of(part):
             rows = next(self.parts.train)
-        waited = self.times.seconds["input"] - before
+        waited = self.times.seconds[part] - before
         self.accounting.add(rows.account)
         self.accounting.check(self.run.data.max_dropped)
         batch = sharding.put(self.parts.rows(rows.batch), self.parts.mesh)

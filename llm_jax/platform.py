@@ -3,11 +3,13 @@
 import contextlib
 import contextvars
 import ctypes
+import functools
 import importlib.util
 import json
 import logging
 import os
 import platform
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,19 @@ from typing import Any
 import jax
 import numpy as np
 
+from llm_jax.errors import UserError
+
 _TARGET: contextvars.ContextVar[str | None] = contextvars.ContextVar("target", default=None)
+
+_REPEATABLE = "--xla_gpu_deterministic_ops=true --xla_gpu_autotune_level=0"
+
+_OVERLAP = (
+    "xla_gpu_enable_latency_hiding_scheduler",
+    "xla_gpu_enable_pipelined_all_gather",
+    "xla_gpu_enable_pipelined_all_reduce",
+    "xla_gpu_enable_while_loop_double_buffering",
+)
+"""What XLA's optimization level O1 does on GPU and its default O0 does not; reduce-scatters are pipelined at either"""
 
 
 def target() -> str:
@@ -46,7 +60,12 @@ def setup() -> None:
 
     On CPU the memory that a step frees is kept for the next one. Called once, before a device is touched. What goes wrong in the
     threads of a save or a load is not lost: the run raises it.
+
+    Raises:
+        UserError: LLM_JAX_REPEATABLE is neither 0 nor 1, or came after a GPU was touched.
     """
+    if repeatable():
+        _be_repeatable()
     for name in ("absl", "asyncio", "orbax", "jax._src.xla_bridge"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
     if jax.config.jax_compilation_cache_dir is None:  # type: ignore[attr-defined]
@@ -54,6 +73,34 @@ def setup() -> None:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
     if _tunes_memory():
         _keep_freed_memory()
+
+
+def repeatable() -> bool:
+    """Whether LLM_JAX_REPEATABLE=1 asks that the same run on the same devices gives the same bits, at whatever cost of time.
+
+    Runs on CPU do so by themselves, and nothing is set for them; so do TPUs by design, which was not tried. On GPU `setup` has XLA take no
+    operation whose order of sums varies and choose no kernel by timing it. A run's card keeps the mode, and a run goes on in the mode that it began with.
+
+    Raises:
+        UserError: the variable is neither 0 nor 1.
+    """
+    told = os.environ.get("LLM_JAX_REPEATABLE") or "0"
+    if told not in ("0", "1"):
+        raise UserError(f"LLM_JAX_REPEATABLE is {told!r}: it must be 0 or 1")
+    return told == "1"
+
+
+def _be_repeatable() -> None:
+    """Add to XLA_FLAGS what GPUs need, behind the user's own: of two the last one counts. Other platforms do not look at these."""
+    from jax._src import xla_bridge  # whether a device was touched has no public name
+
+    told = os.environ.get("XLA_FLAGS", "")
+    if told.endswith(_REPEATABLE):
+        return
+    if not xla_bridge.backends_are_initialized():
+        os.environ["XLA_FLAGS"] = f"{told} {_REPEATABLE}".lstrip()
+    elif jax.default_backend() == "gpu":
+        raise UserError("LLM_JAX_REPEATABLE=1 came after a GPU was first used: set it before the process starts")
 
 
 def _accelerated() -> bool:
@@ -88,20 +135,35 @@ def release_freed_memory() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
-def compiler_options() -> dict[str, Any]:
-    """XLA's options for the step.
+def compiler_options(devices: int = 1) -> dict[str, Any]:
+    """XLA's options for a step over so many devices, beside what the user sets in XLA_FLAGS, which stays as it is.
 
-    On CPU its finer analysis of which copies a donated state needs: without it Adam's moments are copied before they are overwritten,
+    **CPU**: the finer analysis of which copies a donated state needs: without it Adam's moments are copied before they are overwritten,
     a third of the memory of a step of MiniLM and a seventh of its time.
+
+    **GPU**, several of them: collectives run beside the arithmetic. They are begun a layer ahead (pipelined), two layers to a turn of the
+    loop, and the scheduler moves them away from where they are waited for. Not timed: nobody here has a GPU.
+
+    **TPU**: none. By itself libtpu (0.0.52) moves most collectives beside the arithmetic; of the options that are recommended for it only two
+    together change the compiled step: docs/scale.md tells how. They were never timed, so they are left to LIBTPU_INIT_ARGS.
     """
-    if target() != "cpu":
-        return {}
-    options = {"xla_cpu_copy_insertion_use_region_analysis": True}
+    wanted: tuple[str, ...] = ()
+    if target() == "cpu":
+        wanted = ("xla_cpu_copy_insertion_use_region_analysis",)
+    elif target() == "gpu" and devices > 1:
+        wanted = _OVERLAP
+    told = re.findall(r"--(\w+)", os.environ.get("XLA_FLAGS", ""))
+    return {name: True for name in wanted if name not in told and _knows(name)}
+
+
+@functools.cache
+def _knows(option: str) -> bool:
+    """Whether the XLA at hand has an option that can be true; another would refuse to compile."""
     try:
-        jax.jit(lambda: 0, compiler_options=options).lower().compile()
-    except jax.errors.JaxRuntimeError:  # an XLA that does not know the option
-        return {}
-    return options
+        jax.jit(lambda: 0, compiler_options={option: True}).lower().compile()
+    except jax.errors.JaxRuntimeError:
+        return False
+    return True
 
 
 def await_buffers(state: Any) -> None:

@@ -90,7 +90,7 @@ def make(run: Run, mesh: jax.sharding.Mesh, aux: Any = None) -> Program:
         sharding.placed(mesh, step.make_step(loss, grad, optimizer)),
         donate_argnums=0,
         out_shardings=(shardings, None),
-        compiler_options=compiler_options(),
+        compiler_options=compiler_options(mesh.size),
     )
     return Program(
         model,

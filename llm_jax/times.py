@@ -10,7 +10,7 @@ import jax
 from llm_jax.storage import Path, is_remote, upload
 
 PARTS = ("start", "compile", "input", "step", "evaluation", "checkpoint")
-"""From the command to the first batch; the first step; waiting for rows; the other steps; evaluations; what saves hold the loop up"""
+"""From the command to the first batch, that wait included; the first step; waiting for rows; the other steps; evaluations; what saves hold the loop up"""
 
 
 class Times:

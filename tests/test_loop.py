@@ -9,6 +9,7 @@ import random
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from llm_jax.config import Batch, Data, Eval, Mesh, Optimizer, Run, Schedule
 from llm_jax.config import Checkpoint as Keep
 from llm_jax.errors import CheckpointError, ConfigError, DataError, NonFiniteError
 from llm_jax.models.config import ModelConfig
+from llm_jax.parts import build
 from llm_jax.tasks import NextToken
 from llm_jax.transforms import Transform, offload_moments
 
@@ -609,10 +611,33 @@ def test_full_disk(whole: tuple[Run, dict[str, Any]], texts: Path, tmp_path: Pat
     assert [e["step"] for e in entries if "loss" in e] == [1, 2, 3, 4, 5, 6]
 
 
-def test_times_and_a_trace_of_chosen_steps(tiny, tmp_path):
+def test_times_and_a_trace_of_chosen_steps(tiny, tmp_path, monkeypatch):
+    """The wait for the first batch, here a long one, is part of the start."""
+
+    class Slow:
+        """Rows whose first batch takes its time."""
+
+        def __init__(self, rows: Any):
+            self.rows, self.wait = rows, 2.0
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self.rows, name)
+
+        def __next__(self) -> Any:
+            time.sleep(self.wait)
+            self.wait = 0.0
+            return next(self.rows)
+
+    def slow(run: Run) -> Any:
+        parts = build(run)
+        return dataclasses.replace(parts, train=Slow(parts.train))
+
+    monkeypatch.setattr(loop, "build", slow)
     result = loop.train(dataclasses.replace(tiny, workdir=str(tmp_path / "traced"), steps=4, profile=(2, 3)))
     assert list(result["times"]) == list(times.PARTS) and all(x >= 0 for x in result["times"].values())
     assert 0.5 * result["seconds"] < sum(result["times"].values()) <= result["seconds"]
+    assert result["times"]["start"] > 2 > result["times"]["input"]
+    assert json.loads((tmp_path / "traced" / "metrics.jsonl").read_text().splitlines()[0])["input_wait"] > 2
     assert list((tmp_path / "traced" / "profile").rglob("*.xplane.pb"))
     with pytest.raises(ConfigError, match=r"run.profile is \(3, 2\)"):
         dataclasses.replace(tiny, profile=(3, 2))
@@ -625,3 +650,22 @@ def test_a_config_that_lacks_a_newer_key_had_its_default():
     here = json.loads(json.dumps(config.to_dict(Run(task=NextToken(), data=Data(shards=2)))))
     assert loop._differences(filled, here) == ["data.shards is 1 there and 2 here"]
     assert not loop._differences(filled, json.loads(json.dumps(config.to_dict(Run(task=NextToken())))))
+
+
+def test_repeatable_runs_are_equal_and_go_on_in_their_mode(texts: Path, tmp_path: Path, monkeypatch):
+    monkeypatch.setenv("LLM_JAX_REPEATABLE", "1")
+    runs = [change(tiny_run(texts, tmp_path / name), steps=4, eval=dict(every=4)) for name in ("a", "b")]
+    for run in runs:
+        loop.train(run)
+    assert lines(runs[0]) == lines(runs[1]) and params_hash(runs[0]) == params_hash(runs[1])
+    assert checkpoint.read_card(runs[0].folder)["repeatable"] is True
+    monkeypatch.setenv("LLM_JAX_REPEATABLE", "0")
+    with pytest.raises(CheckpointError, match="was begun with LLM_JAX_REPEATABLE=1: set it, or give"):
+        loop.train(runs[0])
+
+
+def test_a_run_that_was_not_begun_repeatable_stays_so(copied: Run, monkeypatch: pytest.MonkeyPatch):
+    assert checkpoint.read_card(copied.folder)["repeatable"] is False
+    monkeypatch.setenv("LLM_JAX_REPEATABLE", "1")
+    with pytest.raises(CheckpointError, match="was begun without LLM_JAX_REPEATABLE=1: unset it, or give"):
+        loop.train(copied)
