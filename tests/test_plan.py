@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -257,52 +258,46 @@ def test_without_libtpu_a_tpu_is_estimated(capsys, monkeypatch):
     assert "ANALYTIC ESTIMATE" in text and "libtpu" in text
 
 
-@pytest.mark.skipif(
+WITH_LIBTPU = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed: pip install 'llm_jax[plan]'"
 )
-def test_a_tpu_topology_is_compiled_for(tmp_path):
-    """In a process of its own, as a user starts it. The estimate of what can be reckoned exactly is the compiler's."""
-    (tmp_path / "tiny.py").write_text(
-        "from llm_jax.config import Batch, Mesh, Run\nfrom llm_jax.models.presets import llama\nfrom llm_jax.tasks import NextToken\n\n"
+
+
+def planned(folder: Path, *words: str, transforms: str = "") -> dict[str, Any]:
+    """The plan of a tiny decoder, made in a process of its own, as a user starts it."""
+    (folder / "tiny.py").write_text(
+        "from llm_jax.config import Batch, Mesh, Run\nfrom llm_jax.models.presets import llama\nfrom llm_jax.tasks import NextToken\n"
+        "from llm_jax.transforms import offload_moments\n\n"
         "def get_config():\n    model = llama(remat='full', layers=3, dim=256, heads=2, mlp_dim=512, vocab_size=1024)\n"
-        "    return Run(name='tiny', model=model, task=NextToken(), batch=Batch(4, 512), mesh=Mesh(data=1, fsdp=-1), steps=10)\n",
+        "    return Run(name='tiny', model=model, task=NextToken(), batch=Batch(8, 512), mesh=Mesh(data=1, fsdp=-1), steps=10,\n"
+        f"               transforms=({transforms}))\n",
         encoding="utf-8",
     )
-    words = [sys.executable, "-m", "llm_jax", "plan", f"--config={tmp_path}/tiny.py", "--topology=v5e:2x2", "--json"]
-    plans = []
-    for extra in ([], ["--estimate"]):
-        done = subprocess.run(
-            [*words, *extra], capture_output=True, text=True, cwd=ROOT, env={**os.environ}, timeout=600
-        )
-        assert done.returncode == 0, done.stderr
-        plans.append(json.loads(done.stdout))
-    compiled, estimated = plans
+    command = [sys.executable, "-m", "llm_jax", "plan", f"--config={folder}/tiny.py", *words, "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env={**os.environ}, timeout=600)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@WITH_LIBTPU
+def test_a_tpu_topology_is_compiled_for(tmp_path):
+    """The estimate of what can be reckoned exactly is the compiler's."""
+    compiled, estimated = (planned(tmp_path, "--topology=v5e:2x2", *extra) for extra in ((), ("--estimate",)))
     assert compiled["kind"] == "compiled" and estimated["kind"] == "analytic estimate"
     assert compiled["memory"]["parameters"] >= estimated["memory"]["parameters"] and compiled["memory"]["fits"]
     assert compiled["memory"]["parameters"] == pytest.approx(estimated["memory"]["parameters"], rel=0.01)  # whole tiles
     assert compiled["flops"]["model"] == estimated["flops"]["model"]
     assert compiled["flops"]["program"] == pytest.approx(estimated["flops"]["program"], rel=0.05)
     assert compiled["collectives"]["all-gather"]["payload"] > 0 and compiled["notes"] == []
+    assert compiled["collectives"]["reduce-scatter"]["payload"] > 0  # of gradients, ring by ring
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(
-    importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed: pip install 'llm_jax[plan]'"
-)
+@WITH_LIBTPU
 def test_two_slices_are_compiled_for(tmp_path):
-    """In a process of its own: gradients cross between the slices, of each device its part, and nothing else does."""
-    (tmp_path / "tiny.py").write_text(
-        "from llm_jax.config import Batch, Mesh, Run\nfrom llm_jax.models.presets import llama\nfrom llm_jax.tasks import NextToken\n"
-        "from llm_jax.transforms import offload_moments\n\n"
-        "def get_config():\n    model = llama(remat='full', layers=3, dim=256, heads=2, mlp_dim=512, vocab_size=1024)\n"
-        "    return Run(name='tiny', model=model, task=NextToken(), batch=Batch(8, 512), mesh=Mesh(data=2, fsdp=-1), steps=10,\n"
-        "               transforms=(offload_moments(),))\n",
-        encoding="utf-8",
-    )
-    words = [sys.executable, "-m", "llm_jax", "plan", f"--config={tmp_path}/tiny.py", "--topology=2xv5e:2x2", "--json"]
-    done = subprocess.run(words, capture_output=True, text=True, cwd=ROOT, env={**os.environ}, timeout=600)
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
+    """Gradients cross between the slices, of each device its part, and nothing else does."""
+    words = ("--topology=2xv5e:2x2", "--config.mesh.data=2")
+    found = planned(tmp_path, *words, transforms="offload_moments(),")
     least = 2 * found["parameters"] / 4  # half of it, in bfloat16, twice
     assert set(found["network"]) == {"all-reduce"} and least <= found["network"]["all-reduce"] <= 2 * least
     assert found["roofline"]["network"] == found["network"]["all-reduce"] / 3.125e9

@@ -11,11 +11,19 @@ from llm_jax.models import attention, splash
 
 
 @pytest.mark.parametrize(
-    ("sizes", "heads", "kv", "causal"),
-    [({}, 4, 2, True), ({}, 2, 2, False), (dict(data=2, tensor=2), 4, 2, True), (dict(fsdp=2, tensor=2), 4, 1, True)],
+    ("sizes", "heads", "kv", "causal", "parts"),
+    [
+        ({}, 4, 2, True, 1),
+        ({}, 4, 2, True, 0),
+        ({}, 2, 2, False, 0),
+        (dict(data=2, tensor=2), 4, 2, True, 1),
+        (dict(fsdp=2, tensor=2), 4, 1, True, 0),
+    ],
     ids=str,
 )
-def test_the_kernel_is_the_formula(mesh, sizes, heads, kv, causal):
+def test_the_kernel_is_the_formula(mesh, monkeypatch, sizes, heads, kv, causal, parts):
+    """Gradients by one kernel, as of rows of so few blocks, and by two."""
+    monkeypatch.setattr(splash, "PARTS", parts)
     rng = np.random.default_rng(0)
     rows, length, size = 2, 256, 64
     q = rng.standard_normal((rows, length, heads, size), np.float32)

@@ -84,7 +84,8 @@ def test_an_axis_that_fills_no_box_is_one_group():
     assert sharding.placed(line, lambda: sharding.rings("fsdp"))() == [[list(range(8))]]
 
 
-def test_the_loss_gathers_its_table_and_sums_its_gradient_once():
+def test_the_loss_gathers_its_table_and_sums_its_gradient_once(monkeypatch):
+    monkeypatch.setattr(losses, "CHUNK", 64 * 32)  # several chunks
     mesh = sharding.make_mesh(config.Mesh(data=2, fsdp=4))
     key = jax.random.key(0)
     hidden, kernel = jax.random.normal(key, (8, 32, 16)), jax.random.normal(key, (64, 16))
@@ -100,14 +101,10 @@ def test_the_loss_gathers_its_table_and_sums_its_gradient_once():
         jax.device_put(hidden, sharding.fitted(mesh, ("batch", "length", None), hidden.shape)),
         jax.device_put(kernel, sharding.fitted(mesh, losses.TABLE, kernel.shape)),
     )
-    chunk, losses.CHUNK = losses.CHUNK, 64 * 32  # several chunks
-    try:
-        with jax.set_mesh(mesh):
-            compiled = jax.jit(gradients, out_shardings=tuple(x.sharding for x in placed)).lower(*placed).compile()
-            found = compiled(*placed)
-        expected = gradients(hidden, kernel)
-    finally:
-        losses.CHUNK = chunk
+    with jax.set_mesh(mesh):
+        compiled = jax.jit(gradients, out_shardings=tuple(x.sharding for x in placed)).lower(*placed).compile()
+        found = compiled(*placed)
+    expected = gradients(hidden, kernel)
     text = compiled.as_text()
     assert text.count(" reduce-scatter(") == 1 and text.count(" all-gather(") == 1
     for one, other in zip(expected, found):
