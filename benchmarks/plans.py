@@ -40,11 +40,18 @@ def _rows(count: int, *more: str) -> tuple[str, ...]:
     return (f"batch.size={count}", "batch.accumulate=1", *more)
 
 
+WIDE = ("model.heads=16", "model.kv_heads=4")
+"""As many weights in heads of 128, of which a TPU's tile holds one: a tile of 128 lanes holds one of 64 too, where the other axis is split to less"""
+
 CASES: dict[str, Case] = {
     "1b-v5e-4": Case("v5e:2x2", "llama32_1b", _rows(4)),
     "1b-v5e-16": Case("v5e:4x4", "llama32_1b", _rows(16)),
     "1b-v5e-64": Case("v5e:8x8", "llama32_1b", _rows(64)),
     "1b-v5e-256": Case("v5e:16x16", "llama32_1b", _rows(256)),
+    "1b-wide-v5e-4": Case("v5e:2x2", "llama32_1b", _rows(4, *WIDE)),
+    "1b-wide-v5e-16": Case("v5e:4x4", "llama32_1b", _rows(16, *WIDE)),
+    "1b-wide-v5e-64": Case("v5e:8x8", "llama32_1b", _rows(64, *WIDE)),
+    "1b-wide-v5e-256": Case("v5e:16x16", "llama32_1b", _rows(256, *WIDE)),
     "1b-v5e-2x16": Case("2xv5e:4x4", "llama32_1b", _rows(32, "mesh.data=2")),
     "1b-v5e-4-moments": Case("v5e:2x2", "llama32_1b", _rows(4), moments=True),
     "7b-v5e-16": Case("v5e:4x4", "llama2_7b", _rows(16), (9.69, 1.29, 41.3)),
@@ -54,9 +61,9 @@ CASES: dict[str, Case] = {
     "70b-v5p-256": Case("v5p:4x8x8", "llama3_70b", _rows(256)),
     "7b-long-v5p-256": Case("v5p:4x8x8", "llama2_7b_long"),
 }
-"""By name: model, chip, number of chips. The first four are one model on a growing axis fsdp, one row a device."""
+"""By name: model, chip, number of chips. The first four and the four that follow are one model each on a growing axis fsdp, one row a device."""
 
-AXIS = ("1b-v5e-4", "1b-v5e-16", "1b-v5e-64", "1b-v5e-256")
+AXIS = tuple(f"1b-wide-v5e-{chips}" for chips in (4, 16, 64, 256))
 
 
 def measure(name: str) -> list[dict[str, Any]]:

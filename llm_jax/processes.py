@@ -154,8 +154,11 @@ def _leave(own: Together, state: str) -> None:
 
 
 def end(status: int) -> int:
-    """The exit status of a command that failed; one of several processes ends at once, since the others, told of it, are not to be waited for."""
-    if jax.distributed.is_initialized() and jax.process_count() > 1:
+    """The exit status of a command that failed; one of several processes ends at once, since the others, told of it, are not to be waited for.
+
+    Those that were told to stop end together, as at the end of a run: the runtime aborts a process whose coordinator leaves without it.
+    """
+    if status != STOPPED and jax.distributed.is_initialized() and jax.process_count() > 1:
         _exit(status)
     return status
 

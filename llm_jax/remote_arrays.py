@@ -1,6 +1,6 @@
 """Orbax in a bucket: a checkpoint is there once its last file is, since no store renames a folder; and S3, which tensorstore knows and Orbax does not.
 
-Used by `checkpoint.py` alone. Nothing here is about local folders.
+Used by `checkpoint.py` alone. Of local folders here is only how arrays are cut.
 """
 
 import contextlib
@@ -16,18 +16,20 @@ from llm_jax.storage import StorageError, is_remote
 COMMIT = "commit_success.txt"
 """What Orbax writes when all else of a checkpoint is written, in a bucket as on a disk"""
 
+CUT = 2**20
+"""Bytes from which on a part of an array is worth cutting, so that each device that holds the array writes one: each cut is a program to compile"""
+
 
 @contextlib.contextmanager
 def reached(path: Any) -> Iterator[str]:
     """The name of a checkpoint as Orbax takes it, with what Orbax needs to be told set while this lasts."""
     name = os.fspath(path)
-    if not is_remote(name):
-        yield name
-        return
+    context = ocp.Context()
+    context.array.saving.min_slice_bytes_for_replica_parallel = CUT
+    if is_remote(name):
+        context.atomicity.mode = ocp.options.AtomicityMode.COMMIT_FILE
     if name.startswith("s3://"):
         _teach_s3()
-    context = ocp.Context()
-    context.atomicity.mode = ocp.options.AtomicityMode.COMMIT_FILE
     with context:
         yield name
 

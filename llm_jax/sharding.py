@@ -230,6 +230,20 @@ def rings(axis: str) -> list[list[list[int]]]:
     return [[list(range(size))]]
 
 
+def gathers(axis: str) -> list[list[list[int]]]:
+    """The places along a mesh axis in groups, for each step in which what lies along it is gathered: one, but for a torus of three dimensions.
+
+    There its last ring comes first, a small part of the bytes, and then the plane of the others: XLA makes a gather over three dimensions at
+    once a whole all-reduce.
+    """
+    along = rings(axis)
+    if len(along) < 3:
+        return [[sorted(place for group in along[0] for place in group)]]
+    last, size = along[-1], sum(map(len, along[-1]))
+    step = len(last[0])
+    return [last, [list(range(i, size, step)) for i in range(step)]]
+
+
 def replicated(mesh: jax.sharding.Mesh) -> NamedSharding:
     """The sharding of an array that each device holds whole."""
     return NamedSharding(mesh, PartitionSpec())

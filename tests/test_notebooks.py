@@ -26,6 +26,7 @@ def test_these_are_all():
     assert {path.stem for path in (ROOT / "notebooks").glob("*.ipynb")} == SMALL.keys()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SMALL)
 def test_it_runs(name, tmp_path, monkeypatch):
     numbers, pictures = SMALL[name]

@@ -55,14 +55,15 @@ def test_collectives_of_several_gpus_are_hidden_by_options_that_this_xla_knows(m
     monkeypatch.delenv("XLA_FLAGS", raising=False)
     with platform.planned_for("gpu"):
         made = platform.compiler_options(SEVERAL)
-        assert set(made) == set(platform._OVERLAP) and platform.compiler_options(1) == {}
+        assert "xla_gpu_enable_latency_hiding_scheduler" in made and platform.compiler_options(1) == {}
+        assert set(made) <= set(platform._OVERLAP)  # jax 0.12 pipelines collectives by a mode, which these do not name
         jax.jit(lambda: 0, compiler_options=made).lower().compile()
     with platform.planned_for("tpu"):
         assert platform.compiler_options(SEVERAL) == {}
 
 
 def test_options_that_the_user_sets_or_xla_does_not_know_are_left_alone(monkeypatch):
-    first, *others = platform._OVERLAP
+    first, *others = (x for x in platform._OVERLAP if platform._knows(x))
     monkeypatch.setenv("XLA_FLAGS", f"--xla_gpu_nothing=1 --{first}=false")
     with platform.planned_for("gpu"):
         assert set(platform.compiler_options(SEVERAL)) == set(others)

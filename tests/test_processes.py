@@ -111,6 +111,7 @@ def until(what, seconds: float = 90) -> None:
         time.sleep(0.05)
 
 
+@pytest.mark.slow
 def test_losses_do_not_depend_on_the_number_of_processes(start, tmp_path):
     """Nor where a run that four began is continued by two, and one: what they saved is whole."""
     found = {}

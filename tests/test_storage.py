@@ -170,6 +170,7 @@ def _entries(folder: storage.Path) -> list[dict]:
     return [{k: v for k, v in x.items() if k not in times} for x in log.read(folder / "metrics.jsonl")]
 
 
+@pytest.mark.slow
 def test_a_killed_run_in_a_bucket_goes_on_as_one_on_a_disk(
     places: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):

@@ -11,7 +11,7 @@ import jax
 from jax.sharding import PartitionSpec
 from jaxtyping import Array
 
-from llm_jax.sharding import constrain, fitted_spec, rings, spec
+from llm_jax.sharding import constrain, fitted_spec, gathers, rings, spec
 
 AXIS = "fsdp"
 ROWS = ("data", "fsdp", "context")
@@ -22,7 +22,21 @@ Product = Callable[[Array, Array], Array]
 
 
 def whole(w: Array, names: tuple[str | None, ...]) -> Array:
-    """`w` gathered along fsdp, still split over the other axes of the mesh that its names say."""
+    """`w` gathered along fsdp, still split over the other axes of the mesh that its names say. It has no gradient of its own."""
+    mesh = jax.sharding.get_abstract_mesh()
+    places = () if mesh.empty or mesh.manual_axes else fitted_spec(mesh, names, w.shape)
+    if AXIS in places and len(steps := gathers(AXIS)) > 1:
+        axis = places.index(AXIS)
+
+        def each(w: Array) -> Array:
+            for groups in steps:
+                w = jax.lax.all_gather(w, AXIS, axis=axis, axis_index_groups=groups, tiled=True)
+            return w
+
+        lies = PartitionSpec(*(None,) * axis, AXIS)
+        w = jax.shard_map(
+            each, mesh=mesh, in_specs=lies, out_specs=PartitionSpec(), axis_names={AXIS}, check_vma=False
+        )(w)
     return constrain(w, *(None if AXIS in _axes(name) else name for name in names))
 
 

@@ -161,6 +161,7 @@ def _is_box(x: Any) -> bool:
     return isinstance(x, nn.Partitioned)
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def init(config: ModelConfig, key: Array) -> Params:
     """Fresh float32 weights of a model, a nested plain dict with stacked layers."""
     return nn.unbox(_init_boxed(config, key))
@@ -168,18 +169,17 @@ def init(config: ModelConfig, key: Array) -> Params:
 
 def shapes(config: ModelConfig) -> Params:
     """The shape and dtype of each weight, without making one."""
-    return jax.tree.map(lambda x: x, _shapes(config.replace(remat="none")))  # a tree that may be written to
-
-
-@functools.lru_cache(64)
-def _shapes(config: ModelConfig) -> Params:
-    return jax.eval_shape(lambda: init(config, jax.random.key(0)))
+    return nn.unbox(_boxes(config.replace(remat="none")))
 
 
 def axes(config: ModelConfig) -> Params:
     """The logical axis names of each weight, e.g. ("layers", "embed", "heads", "head_size") for the queries."""
-    boxed = jax.eval_shape(lambda: _init_boxed(config, jax.random.key(0)))
-    return jax.tree.map(lambda box: tuple(box.names), boxed, is_leaf=_is_box)
+    return jax.tree.map(lambda box: tuple(box.names), _boxes(config.replace(remat="none")), is_leaf=_is_box)
+
+
+@functools.lru_cache(64)
+def _boxes(config: ModelConfig) -> Params:
+    return jax.eval_shape(lambda: _init_boxed(config, jax.random.key(0)))
 
 
 def depths(params: Params) -> Params:

@@ -78,6 +78,22 @@ def test_ring_by_ring_gives_each_device_its_own_part(shape, order, arrays, monke
     np.testing.assert_allclose(products(*arrays)[1], found, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("order", [(0, 1, 2), (2, 0, 1)])
+def test_over_three_dimensions_the_last_ring_is_gathered_first(order, monkeypatch):
+    steps = sharding.placed(torus((2, 2, 2), order), lambda: sharding.gathers("fsdp"))()
+    assert [len(groups[0]) for groups in steps] == [2, 4]
+    assert len(sharding.placed(torus((2, 4, 1), order), lambda: sharding.gathers("fsdp"))()) == 1
+    monkeypatch.setattr(split, "gathers", lambda axis: steps)
+    mesh = sharding.make_mesh(config.Mesh(data=1, fsdp=8))
+    names, w = ("mlp", "embed"), np.arange(24 * 16, dtype=np.float32).reshape(24, 16)
+    lying = jax.device_put(w, sharding.fitted(mesh, names, w.shape))
+    with jax.set_mesh(mesh):
+        gather = jax.jit(lambda w: split.whole(w, names)).lower(lying).compile()
+        found = gather(lying)
+    np.testing.assert_array_equal(found, w)
+    assert found.sharding.is_fully_replicated and gather.as_text().count(" all-gather(") == 2
+
+
 def test_an_axis_that_fills_no_box_is_one_group():
     line = torus((2, 4, 1), (0, 1, 2))
     line.devices = line.devices[:, [0, 1, 4, 5, 2, 3, 6, 7]]

@@ -33,6 +33,7 @@ def named(name: str) -> Transform:
         rows=lambda batch, fingerprint: {**batch, "rows": (*batch["rows"], (name, fingerprint["of"]))},
         masks=(f"{name}/.*",),
         densify=name == "bb",
+        offload=name == "a",
         moments=name == "ccc",
     )
 
@@ -58,6 +59,7 @@ def effect(change: Transform) -> tuple[Any, ...]:
         change.rows({"rows": ()}, {"of": "stream"}),
         change.masks,
         change.densify,
+        change.offload,
         change.moments,
     )
 
@@ -78,6 +80,7 @@ def test_members_apply_in_turn():
         {"a": (SIZES.vocab_size, "key"), "bb": (SIZES.vocab_size, "key")},
         {"rows": (("a", "stream"), ("bb", "stream"))},
         ("a/.*", "bb/.*"),
+        True,
         True,
         False,
     )

@@ -17,7 +17,7 @@ from llm_jax.tasks import Classification, NextToken
 from llm_jax.transforms import IDENTITY
 from llm_jax.transforms.distil import _attention as attention_distance
 from llm_jax.transforms.distil import cached, distil
-from tests.families import FAMILIES, SIZE, random_params, tiny_model
+from tests.families import FAMILIES, SIZE, batch_of, random_params, tiny_model
 from tests.transforms.laws import FAST, objective
 
 jit = functools.partial(jax.jit, compiler_options=FAST)
