@@ -23,6 +23,8 @@ from llm_jax.tasks.span_corruption import SENTINELS, SpanCorruption
 ROOT = Path(__file__).parents[1]
 FILES = sorted((ROOT / "configs").glob("*.py"))
 EACH = pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+QUICK = ("quickstart", "llama2_7b", "t5_spans", "snippets_minilm", "prune_magnitude", "lora_reviews")
+"""One of each kind, of which a copy takes its steps by default; of the others in the slow part"""
 LENGTH, VOCABULARY = 24, 512
 WORDS = (
     "the state of the union is strong",
@@ -201,7 +203,11 @@ def quick(monkeypatch):
     monkeypatch.setattr(jax, "jit", compile_fast)
 
 
-@EACH
+@pytest.mark.parametrize(
+    "path",
+    [pytest.param(path, marks=() if path.stem in QUICK else pytest.mark.slow) for path in FILES],
+    ids=lambda path: path.stem,
+)
 def test_a_shrunk_copy_takes_two_steps(path, tmp_path, capsys, quick):
     run = shrunk(load(path), tmp_path)
     result = loop.train(run)

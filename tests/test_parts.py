@@ -70,7 +70,7 @@ def other(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.mark.parametrize("mesh", [{}, {"fsdp": 4, "tensor": 2}])
+@pytest.mark.parametrize("mesh", [pytest.param({}, marks=pytest.mark.slow), {"fsdp": 4, "tensor": 2}])
 def test_a_loss_reads_another_model_and_the_run_resumes_exactly(corpus, other, tmp_path, mesh):
     run = run_of(corpus, tmp_path / "run", transforms=(pulled(str(other)),), mesh=dataclasses.replace(Run.mesh, **mesh))
     loop.train(run)
@@ -123,7 +123,7 @@ def test_a_change_looks_at_rows_of_the_training_data(corpus, tmp_path):
     )  # the loss of a model that knows nothing of 512 tokens: log 512 is 6.2
 
 
-@pytest.mark.parametrize("mesh", [{}, {"fsdp": 4, "tensor": 2}])
+@pytest.mark.parametrize("mesh", [pytest.param({}, marks=pytest.mark.slow), {"fsdp": 4, "tensor": 2}])
 def test_what_is_trained_beside_the_model_is_no_part_of_it(corpus, other, tmp_path, mesh):
     """Projections of a narrower student: sharded, moved by the optimizer, kept for a resume, left out of the model."""
     change = distil(str(other), soft=0.0, hidden=1.0, projected=True)

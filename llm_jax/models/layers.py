@@ -56,7 +56,9 @@ def parameter(
 ) -> Array:
     """A float32 weight with logical axes: constant `value`, or normal with variance 1/fan_in, or `INIT_SCALE` when neither is given."""
     if module.has_variable("params", name):
-        found: Array = module.get_variable("params", name)  # `param` would trace the initializer too, only to compare shapes
+        found: Array = module.get_variable(
+            "params", name
+        )  # `param` would trace the initializer too, only to compare shapes
         if found.shape != shape:
             raise ValueError(f"weight {name!r} of {type(module).__name__} is {found.shape}, by the config {shape}")
         return found
