@@ -14,7 +14,7 @@ import jax
 
 from llm_jax import flops, losses, tree
 from llm_jax.config import Run
-from llm_jax.models import remat, splash, transformer
+from llm_jax.models import remat, ring, splash, transformer
 from llm_jax.models.config import ModelConfig
 from llm_jax.models.layers import compute_dtype
 from llm_jax.platform import target
@@ -118,6 +118,14 @@ def _scores(sizes: _Sizes, length: int) -> float:
     return sizes.rows * sizes.config.heads / sizes.tensor * length * sizes.share * length
 
 
+def _scores_at_once(sizes: _Sizes, length: int) -> float:
+    """Of them, those that a device holds at once: the ring meets the keys of one other device, a block of queries after the other."""
+    if sizes.share == 1:
+        return _scores(sizes, length)
+    queries = length * sizes.share
+    return _scores(sizes, length) * sizes.share * (ring.BLOCK / queries if queries % ring.BLOCK == 0 else 1.0)
+
+
 def _kernel(sizes: _Sizes, length: int) -> bool:
     """Whether attention is a kernel's business: cuDNN's on GPU, splash on TPU."""
     c = sizes.config
@@ -166,7 +174,8 @@ def _saved(sizes: _Sizes, length: int, where: str = "device") -> float:
     if where == "host":
         return 0.0
     elementwise = 4 * c.dim + (c.heads * c.head_size + c.mlp_size) / sizes.tensor
-    return sizes.width * tokens * (_products(sizes) + elementwise) + (4 + sizes.width) * _scores(sizes, length)
+    scores = _scores(sizes, length) if sizes.share == 1 else 0.0  # the ring forms them again
+    return sizes.width * tokens * (_products(sizes) + elementwise) + (4 + sizes.width) * scores
 
 
 def _working(sizes: _Sizes, length: int) -> float:
@@ -175,7 +184,7 @@ def _working(sizes: _Sizes, length: int) -> float:
     weights = tree.size(transformer.shapes(c.replace(vocab_size=1, layers=1, decoder_layers=0)))
     hidden = 3 * sizes.width * tokens * c.mlp_size / sizes.tensor
     gathered = sizes.width * weights / sizes.tensor if sizes.fsdp > 1 else 0.0
-    return (4 + sizes.width) * _scores(sizes, length) + hidden + gathered
+    return (4 + sizes.width) * _scores_at_once(sizes, length) + hidden + gathered
 
 
 def _cast(sizes: _Sizes, params: Any) -> float:

@@ -101,6 +101,8 @@ def _ring(causal: bool, scale: float, count: int, q: Array, k: Array, v: Array, 
 
 
 def _forward(causal, scale, count, q, k, v, segments, place):
+    # Else a loop over layers computes what depends on segments and places alone, the masks of all scores, once for all, and keeps it.
+    q, segments, place = jax.lax.optimization_barrier((q, segments, place))
     queries = _cut(_grouped(q * jnp.asarray(scale, q.dtype), k.shape[2]), 3)
     here = _cut((segments, place), 1)
     k, v = (jnp.moveaxis(x, 1, 2) for x in (k, v))

@@ -1,13 +1,16 @@
 """Attention around the ring of the mesh axis context against the formula, on eight devices: values and gradients."""
 
 import functools
+import math
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llm_jax.models import attention, ring
+from llm_jax import platform
+from llm_jax.models import attention, presets, ring, transformer
 from llm_jax.models.attention import Mask
 
 
@@ -72,3 +75,22 @@ def test_a_row_that_is_split_goes_around_the_ring(mesh):
         placed = jax.device_put((q, k, v), where)
         text = jax.jit(lambda q, k, v: attention.attend(q, k, v, mask, scale=0.3)[0]).lower(*placed).compile().as_text()
     assert "collective-permute" in text and "all-gather(" not in text
+
+
+@pytest.mark.parametrize("remat", ["full", "none"])
+def test_no_mask_of_all_scores_is_kept(mesh, monkeypatch, remat):
+    """What is hidden depends on numbers alone that no gradient flows through: a loop over layers would find it once for all and keep it."""
+    monkeypatch.setattr(ring, "BLOCK", 8)
+    config = presets.llama(
+        layers=2, dim=32, heads=4, kv_heads=4, mlp_dim=64, vocab_size=64, max_length=128, remat=remat
+    )
+    tokens = jnp.ones((2, 128), jnp.int32)
+    batch = {"tokens": tokens, "segment_ids": tokens, "positions": jnp.broadcast_to(jnp.arange(128), tokens.shape)}
+
+    def total(params):
+        return transformer.apply(config, params, batch).hidden.astype(jnp.float32).sum()
+
+    with jax.set_mesh(mesh(context=4)), platform.planned_for("tpu"):
+        text = str(jax.make_jaxpr(jax.grad(total))(transformer.shapes(config)))
+    masks = [math.prod(map(int, sizes.split(","))) for sizes in re.findall(r"bool\[([\d,]+)\]", text)]
+    assert masks and max(masks) == 2 * 4 * 8 * 32  # rows, heads, a block of queries, the keys of a device
