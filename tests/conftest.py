@@ -15,11 +15,24 @@ from tests.families import FAMILIES
 CORE = ("bert", "llama")
 """Families that transforms are tried on by default, an encoder and a decoder; on all others in the slow part."""
 
+RUNS = {
+    "test_finetuning.py",
+    "test_grown_runs.py",
+    "test_on_policy.py",
+    "test_parts.py",
+    "test_pruned_runs.py",
+    "test_storage.py",
+    "test_teachers.py",
+}
+"""Files of whole runs, several of them in each test: in the slow part"""
+
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark tests of transforms on further families as slow."""
+    """Mark whole runs, and tests of transforms on further families, as slow."""
     for item in items:
+        if item.path.name in RUNS:
+            item.add_marker(pytest.mark.slow)
         if item.path.parent.name == "transforms" or item.path.name == "test_peft.py":
             values = (
                 item.callspec.params.values() if isinstance(item, pytest.Function) and hasattr(item, "callspec") else ()

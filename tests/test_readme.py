@@ -41,6 +41,7 @@ def test_every_verb_in_it_exists():
     assert set(re.findall(r"python -m llm_jax (\w+) ", TEXT)) <= set(VERBS)
 
 
+@pytest.mark.slow
 def test_fine_tuning_on_a_file_of_ones_own(small, tmp_path, monkeypatch):
     """The config as printed, with the start at hand: it trains, judges and leaves its files."""
     rows = [f'"a {word} film",{name}' for word, name in (("fine", "positive"), ("dull", "negative")) * 30]
