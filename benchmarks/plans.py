@@ -40,7 +40,7 @@ def _rows(count: int, *more: str) -> tuple[str, ...]:
     return (f"batch.size={count}", "batch.accumulate=1", *more)
 
 
-WIDE = ("model.heads=16", "model.kv_heads=4")
+WIDE = ("model.heads=16", "model.kv_heads=4", "model.head_dim=128")
 """As many weights in heads of 128, of which a TPU's tile holds one: a tile of 128 lanes holds one of 64 too, where the other axis is split to less"""
 
 CASES: dict[str, Case] = {
