@@ -83,7 +83,10 @@ def step(
         sum(_saved(sizes, lengths[side], where) * depth for side, depth in sizes.stacks) for where in ("device", "host")
     )
     backward = parameters + _cast(sizes, state.params) + max(_working(sizes, lengths[side]) for side, _ in sizes.stacks)
-    rest = layers + max(backward, _loss(sizes, batch))
+    # moments that lie on the host come for the update, where they meet the gradients and what they become
+    brought = shard_bytes(state.opt_state, "pinned_host")
+    update = brought + 2 * parameters if brought else 0.0
+    rest = max(layers + max(backward, _loss(sizes, batch)), update)
     forward = flops.forward_flops(config, {name: x.shape for name, x in batch.items()})
     program = _program(sizes, forward, lengths, run.batch.size) / chips
     payload, sent, network = _collectives(sizes, state.params, lengths, run.batch.accumulate, slices)

@@ -175,14 +175,19 @@ def await_buffers(state: Any) -> None:
         jax.block_until_ready(state)
 
 
-def on_device(tree: Any) -> Any:
-    """A tree whose arrays lie in the device's memory: those that lie in the host's are brought there."""
+def on_device(tree: Any, after: Any = None) -> Any:
+    """A tree whose arrays lie in the device's memory: those that lie in the host's are brought there, in a compiled function once `after` is
+    computed. Without it XLA brings them first of all, and they take their room beside all that is computed meanwhile.
+    """
 
-    def one(x: Any) -> Any:
-        away = jax.typeof(x).memory_space == jax.memory.Space.Host
-        return jax.device_put(x, jax.memory.Space.Device) if away else x
+    def away(x: Any) -> bool:
+        return jax.typeof(x).memory_space == jax.memory.Space.Host
 
-    return jax.tree.map(one, tree)
+    if not any(map(away, jax.tree.leaves(tree))):
+        return tree
+    if after is not None:
+        tree, _ = jax.lax.optimization_barrier((tree, after))
+    return jax.tree.map(lambda x: jax.device_put(x, jax.memory.Space.Device) if away(x) else x, tree)
 
 
 def gather(value: Any) -> list[Any]:

@@ -62,8 +62,9 @@ def make_step(loss: LossFn, grad: GradFn, optimizer: optax.GradientTransformatio
     """
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
-        key, before = jax.random.fold_in(state.key, state.step), on_device(state.opt_state)
+        key = jax.random.fold_in(state.key, state.step)
         found, gradient = grad(state.params, batch, key, state.reference)
+        before = on_device(state.opt_state, after=gradient)
         weight = jnp.maximum(found.weight, 1e-9)
         gradient = jax.tree.map(lambda g: g / weight, gradient)
         value, norm = found.total / weight, optax.tree.norm(gradient)
