@@ -14,22 +14,25 @@ from llm_jax.errors import ConfigError, DataError
 from llm_jax.models import transformer
 from llm_jax.models.config import ModelConfig
 from llm_jax.models.transformer import Params
-from llm_jax.transforms.base import Growth, Transform
+from llm_jax.transforms.base import Growth, Transform, marked, removed
 
 Pieces = tuple[tuple[int, ...], ...]
 """Of each new token the ids of the old ones that spelled it"""
 
 
 def means(table: Float[Array, "V ..."], pieces: Pieces) -> Float[Array, "N ..."]:
-    """The mean of the table's rows at the pieces of each new token; of all its rows where it has none."""
+    """The mean of the table's rows at the pieces of each new token; of all its rows where it has none. What is pruned in all of them is pruned."""
     ids = np.zeros((len(pieces), max(1, *map(len, pieces))), np.int32)
     share = np.zeros(ids.shape, np.float32)
     for row, piece in enumerate(pieces):
         ids[row, : len(piece)], share[row, : len(piece)] = piece, 1 / max(1, len(piece))
     weight = jnp.asarray(share, table.dtype).reshape(*share.shape, *(1,) * (table.ndim - 1))
-    made = jnp.sum(table[ids] * weight, axis=1)
+    made, gone = jnp.sum(table[ids] * weight, axis=1), jnp.all(removed(table[ids]) | (weight == 0), axis=1)
     without = np.array([not piece for piece in pieces]).reshape(-1, *(1,) * (table.ndim - 1))
-    return jnp.where(without, jnp.mean(table, axis=0), made) if without.any() else made
+    if without.any():
+        made = jnp.where(without, jnp.mean(table, axis=0), made)
+        gone = jnp.where(without, jnp.all(removed(table), axis=0), gone)
+    return marked(made, gone)
 
 
 def extend_vocabulary(pieces: Sequence[Sequence[int]] | int, *, start: int = 0) -> Transform:

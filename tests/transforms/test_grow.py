@@ -209,6 +209,18 @@ def test_new_rows_are_means(family):
     assert grown == {"gpt2": 1}.get(family, 2)  # the table, and an unembedding or a bias of its own
 
 
+def test_a_new_row_is_pruned_where_all_its_pieces_are():
+    """And a weight at zero that is not pruned, -0, stays one: a mean of such would be 0, a mask."""
+    tiny = tiny_model("gpt2")
+    table = np.array(tiny.params["embed"]["tokens"])
+    table[[3, 5, 9], 0], table[3, 1], table[[3, 5, 9], 2], table[7, 3] = 0.0, 0.0, -0.0, 0.0
+    params = {**tiny.params, "embed": {**tiny.params["embed"], "tokens": table}}
+    _, params = laws.changed(extend_vocabulary(PIECES), Tiny("", tiny.config, params))
+    new = np.asarray(params["embed"]["tokens"][97:])
+    np.testing.assert_array_equal(np.argwhere(laws.gone(new)), [[0, 0], [1, 3]])
+    assert new[0, 2] == 0 and new[0, 1] != 0
+
+
 def test_spare_rows_are_used_first():
     tiny = tiny_model("llama")
     config, params = laws.changed(extend_vocabulary(2, start=90), tiny)
