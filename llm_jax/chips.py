@@ -86,6 +86,15 @@ class Topology:
         """
         return re.sub(r"^\d+x", "", self.name)
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The sizes of the network of one of its slices.
+
+        >>> read_topology("2xv5e:4x8").shape
+        (4, 8)
+        """
+        return tuple(int(n) for n in self.slice.split(":")[1].split("x"))
+
 
 def read_topology(name: str) -> Topology:
     """The chips that a name such as v5e:16x16, v5p:4x4x4, h100:8 or, for two slices, 2xv5e:16x16 stands for.

@@ -13,6 +13,7 @@ from typing import Any
 import jax
 
 from llm_jax import flops, losses, tree
+from llm_jax.chips import Topology
 from llm_jax.config import Run
 from llm_jax.models import remat, ring, splash, transformer
 from llm_jax.models.config import ModelConfig
@@ -52,6 +53,8 @@ class _Sizes:
     data: int
     width: int
     """bytes of a value in the computation"""
+    steps: int
+    """in which what lies over fsdp is gathered: two where that is a torus of three dimensions (`sharding.gathers`)"""
 
     @property
     def stacks(self) -> list[tuple[str, int]]:
@@ -61,7 +64,7 @@ class _Sizes:
 
 
 def step(
-    run: Run, config: ModelConfig, mesh: dict[str, int], state: Any, batch: dict[str, Any], slices: int = 1
+    run: Run, config: ModelConfig, mesh: dict[str, int], state: Any, batch: dict[str, Any], topology: Topology
 ) -> Estimate:
     """The estimate of one update.
 
@@ -69,12 +72,14 @@ def step(
         config: the sizes after the transforms.
         mesh: the size of each axis.
         state, batch: shapes and places of what the step is called with.
-        slices: over which the axis data goes first.
+        topology: over whose slices the axis data goes first.
     """
+    slices = topology.slices
     chips = math.prod(mesh.values())
     rows = run.batch.size / run.batch.accumulate / mesh["data"] / mesh["fsdp"]
     width = jax.numpy.dtype(compute_dtype(config)).itemsize
-    sizes = _Sizes(config, rows, 1 / mesh["context"], mesh["tensor"], mesh["fsdp"], mesh["data"], width)
+    steps = 2 if len(topology.shape) == 3 and mesh["fsdp"] == topology.chips // slices else 1
+    sizes = _Sizes(config, rows, 1 / mesh["context"], mesh["tensor"], mesh["fsdp"], mesh["data"], width, steps)
     lengths = {side: _length(side, config, batch) for side, _ in sizes.stacks}
     held = {name: shard_bytes(getattr(state, name), "device") for name in state._fields}
     away = shard_bytes(state, "pinned_host")
@@ -182,12 +187,15 @@ def _saved(sizes: _Sizes, length: int, where: str = "device") -> float:
 
 
 def _working(sizes: _Sizes, length: int) -> float:
-    """Bytes at the height of a layer's backward pass beside what all layers keep: scores, the MLP's values, gathered weights."""
+    """Bytes at the height of a layer's backward pass beside what all layers keep: scores, gathered weights, the values of the MLP or of the ring."""
     c, tokens = sizes.config, sizes.rows * length * sizes.share
     weights = tree.size(transformer.shapes(c.replace(vocab_size=1, layers=1, decoder_layers=0)))
     hidden = 3 * sizes.width * tokens * c.mlp_size / sizes.tensor
     gathered = sizes.width * weights / sizes.tensor if sizes.fsdp > 1 else 0.0
-    return (4 + sizes.width) * _scores_at_once(sizes, length) + hidden + gathered
+    heads, kv = (tokens * n * c.head_size / sizes.tensor for n in (c.heads, c.kv_size))
+    # float32: what attention gives, its gradient, that of the queries; keys, values and their gradients here and on their way to the next device
+    ring = 4 * 3 * heads + 2 * (4 + sizes.width) * 2 * kv if sizes.share < 1 else 0.0
+    return (4 + sizes.width) * _scores_at_once(sizes, length) + max(hidden, ring) + gathered
 
 
 def _cast(sizes: _Sizes, params: Any) -> float:
@@ -196,19 +204,21 @@ def _cast(sizes: _Sizes, params: Any) -> float:
 
 
 def _loss(sizes: _Sizes, batch: dict[str, Any]) -> float:
-    """Bytes of the loss over the vocabulary: a chunk of logits in float32 and its gradient, the unembedding and the gradient of it, both whole."""
+    """Bytes of the loss over the vocabulary: a chunk of logits in float32 and its gradient, the unembedding and the gradient of it, both whole;
+    of an unembedding gathered in two steps XLA makes a copy.
+    """
     c = sizes.config
     if c.head not in ("lm", "mlm"):
         return 0.0
     asked = batch.get("predict", batch["tokens"]).shape[1] * sizes.rows * sizes.share
     chunk = min(losses.CHUNK * losses.HELD.get(target(), 1), asked * c.vocab_size)
     table = c.vocab_size * c.dim / sizes.tensor
-    return (4 + sizes.width) * chunk / sizes.tensor + (4 + sizes.width) * table
+    return (4 + sizes.width) * chunk / sizes.tensor + (4 + sizes.width * sizes.steps) * table
 
 
 def _program(sizes: _Sizes, forward: float, lengths: dict[str, int], rows: int) -> float:
     """Operations on all devices: three times the forward pass, with the scores of the future where no kernel leaves them out, and what remat
-    computes again.
+    and attention in parts compute again.
     """
     c = sizes.config
     width = c.heads * c.head_size
@@ -227,6 +237,8 @@ def _program(sizes: _Sizes, forward: float, lengths: dict[str, int], rows: int) 
             again -= full / 2 if c.architecture == "decoder" and kernel else full
         products = {"query": width, "out": width, "key": c.kv_size * c.head_size, "value": c.kv_size * c.head_size}
         again -= 2 * tokens * c.dim * sum(products.get(name, c.mlp_size) for name in found)
+    if kernel or sizes.share < 1:  # the gradient of the scores forms them again
+        again += full / (4 if c.architecture == "decoder" and kernel else 2)
     return 3 * whole + again
 
 

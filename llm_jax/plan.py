@@ -291,7 +291,7 @@ def _too_large(known: dict[str, Any], made: program.Program, state: Any, batch: 
 def _estimated(known: dict[str, Any], made: program.Program, state: Any, batch: Any) -> Plan:
     """The plan by formulas."""
     run, chip = known["run"], known["topology"].chip
-    found = estimate.step(run, made.model, dict(made.mesh.shape), state, batch, known["topology"].slices)
+    found = estimate.step(run, made.model, dict(made.mesh.shape), state, batch, known["topology"])
     given = found.parameters + found.optimizer + found.other
     memory = Memory(
         found.parameters, found.optimizer, found.other, found.rest, found.host, given + found.rest, chip.memory
