@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 from benchmarks.common import RESULTS, claim, write
 from llm_jax import config, plan
 from llm_jax.chips import Topology, read_topology
+from llm_jax.models.remat import REMAT
 from llm_jax.transforms import offload_moments
 
 TABLE = Path(__file__).parents[1] / "docs" / "plans.md"
@@ -47,6 +48,12 @@ def _rows(count: int, *more: str) -> tuple[str, ...]:
 WIDE = ("model.heads=16", "model.kv_heads=4", "model.head_dim=128")
 """As many weights in heads of 128, of which a TPU's tile holds one: a tile of 128 lanes holds one of 64 too, where the other axis is split to less"""
 
+SMALL = (
+    *("model.layers=8", "model.dim=1024", "model.heads=8", "model.kv_heads=8", "model.head_dim=128"),
+    *("model.mlp_dim=4096", "model.vocab_size=8192", "batch.length=2048"),
+)
+"""What each policy of rematerialisation costs is compared on this model"""
+
 CASES: dict[str, Case] = {
     "1b-v5e-4": Case("v5e:2x2", "llama32_1b", _rows(4)),
     "1b-v5e-16": Case("v5e:4x4", "llama32_1b", _rows(16)),
@@ -64,6 +71,7 @@ CASES: dict[str, Case] = {
     "7b-v5p-64": Case("v5p:4x4x4", "llama2_7b", _rows(64), (4.19, 1.29, 39.5)),
     "70b-v5p-256": Case("v5p:4x8x8", "llama3_70b", _rows(256)),
     "7b-long-v5p-256": Case("v5p:4x8x8", "llama2_7b_long"),
+    **{f"remat-{name}": Case("v5e:2x2", "llama32_1b", _rows(8, *SMALL, f"model.remat={name}")) for name in REMAT},
 }
 """By name: model, chip, number of chips. The first four and the four that follow are one model each on a growing axis fsdp, one row a device."""
 
