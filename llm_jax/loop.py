@@ -51,9 +51,9 @@ def train(run: Run) -> dict[str, Any]:
         UserError: something that the user can mend; earlier checkpoints stay.
     """
     setup()
-    processes.join()
+    watch = processes.join()
     begin = time.time()
-    with processes.together() as others:
+    with processes.together(watch) as others:
         return _train(run, others, begin)
 
 

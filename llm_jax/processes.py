@@ -4,6 +4,7 @@ What they tell each other of their data and results is in `platform.gather`. A r
 """
 
 import json
+import math
 import os
 import signal
 import socket
@@ -24,6 +25,8 @@ PATIENCE = 120.0
 """Seconds without a sign of life, or behind the others, after which a process is given up; LLM_JAX_PATIENCE says another number"""
 COMPILING = 10
 """Times that patience with a process in its first step: one may have to compile what others find in a cache"""
+MEETING = 3
+"""Times that patience for all processes to be there: hosts do not start in the same moment"""
 LOST = 75
 """Exit status of a process whose run has lost another one: EX_TEMPFAIL, to be tried again"""
 STOPPED = 143
@@ -41,27 +44,62 @@ class Stopped(UserError):
     status = STOPPED
 
 
-def join() -> None:
-    """Meet the other processes of this run, where the environment tells of any; before a device is touched.
+def join() -> "_Watch | None":
+    """Meet the other processes of this run, where the environment tells of any; before a device is touched. From then on each watches the others.
 
     JAX_COORDINATOR_ADDRESS (host:port of process 0), JAX_NUM_PROCESSES and JAX_PROCESS_ID tell of them on any machine; a Cloud TPU (also GKE,
     also several slices), SLURM's srun and Open MPI's mpirun tell by themselves.
 
     Raises:
-        UserError: they do not all come.
+        UserError: they do not all come within three times the patience.
     """
-    if jax.distributed.is_initialized() or not _several():
-        return
+    if not jax.distributed.is_initialized():
+        if not _several():
+            return None
+        _meet()
+    return _Watch(patience()) if _known().num_processes > 1 else None
+
+
+def _known() -> Any:
+    """What jax knows of its processes before a device is touched, which has no public name."""
+    from jax._src import distributed
+
+    return distributed.global_state
+
+
+def _meet() -> None:
     explicit: dict[str, Any] = {}
+    allowed, wait = MEETING * patience(), int(2 * patience()) + 30
+    # The runtime would abort without a word of what it waited for, as its own heartbeat does: both come after ours.
+    late = threading.Timer(allowed, _absent, [allowed])
+    late.daemon = True
+    late.start()
     try:
         for name, variable in (("num_processes", "JAX_NUM_PROCESSES"), ("process_id", "JAX_PROCESS_ID")):
             if variable in os.environ:
                 explicit[name] = int(os.environ[variable])
-        # The runtime's own heartbeat aborts without a word of which process is missing: it comes after ours.
-        wait = int(2 * patience()) + 30
-        jax.distributed.initialize(**explicit, heartbeat_timeout_seconds=wait, shutdown_timeout_seconds=wait)
+        jax.distributed.initialize(
+            **explicit,
+            initialization_timeout=math.ceil(allowed) + 30,
+            heartbeat_timeout_seconds=wait,
+            shutdown_timeout_seconds=wait,
+        )
     except (RuntimeError, ValueError, TypeError) as e:
         raise UserError(f"the processes of this run do not find each other: {str(e).splitlines()[0]}") from e
+    finally:
+        late.cancel()
+
+
+def _absent(seconds: float) -> NoReturn:
+    """End this process, since it waits for others that do not come."""
+    known = _known()
+    print(
+        f"error: process {known.process_id} of {known.num_processes} has waited {seconds:g} s for the others to come, and ends: one of them died "
+        f"before, or does not reach process 0 at {known.coordinator_address}; start the same command again on all hosts",
+        file=sys.stderr,
+        flush=True,
+    )
+    _exit(LOST)
 
 
 def _several() -> bool:
@@ -98,9 +136,9 @@ def patience() -> float:
 class Together:
     """This process among those of its run."""
 
-    def __init__(self) -> None:
+    def __init__(self, watch: "_Watch | None" = None) -> None:
         self.told = False
-        self.watch = _Watch(patience()) if jax.process_count() > 1 else None
+        self.watch = watch
 
     def begin(self, step: int) -> None:
         """Say that this process begins a step, in which it will wait for the others."""
@@ -118,9 +156,13 @@ class Together:
 
 
 @contextmanager
-def together() -> Iterator[Together]:
-    """The processes of a run while it lasts: an error of one is told to the others, which then end, as they do when it dies or hangs."""
-    own = Together()
+def together(watch: "_Watch | None") -> Iterator[Together]:
+    """The processes of a run while it lasts: an error of one is told to the others, which then end, as they do when it dies or hangs.
+
+    Args:
+        watch: what `join` gave.
+    """
+    own = Together(watch)
     before: Any = None
     alone = own.watch is None and threading.current_thread() is threading.main_thread()
 
@@ -158,7 +200,7 @@ def end(status: int) -> int:
 
     Those that were told to stop end together, as at the end of a run: the runtime aborts a process whose coordinator leaves without it.
     """
-    if status != STOPPED and jax.distributed.is_initialized() and jax.process_count() > 1:
+    if status != STOPPED and _known().num_processes > 1:
         _exit(status)
     return status
 
@@ -176,11 +218,10 @@ class _Watch:
     """
 
     def __init__(self, patience: float):
-        from jax._src import distributed  # the store that jax's processes meet at has no public name
-
-        self.store: Any = distributed.global_state.client
+        known = _known()
+        self.store: Any = known.client
         self.patience, self.pause = patience, min(5.0, patience / 8)
-        self.me, self.count = jax.process_index(), jax.process_count()
+        self.me, self.count = known.process_id, known.num_processes
         self.at, self.compiled, self.beats, self.state = 0, False, 0, "runs"
         self.known: dict[int, tuple[dict[str, Any], float, float]] = {}
         """of each process what it wrote last, and when it last wrote and last went on, by this process's clock"""

@@ -143,6 +143,14 @@ def test_when_one_dies_the_others_end_and_name_it(start, tmp_path, how):
 
 
 @pytest.mark.slow
+def test_one_that_does_not_come_is_waited_for_no_longer_than_told(start, tmp_path):
+    started = start(2, f"--config.workdir={tmp_path / 'run'}")
+    started[1].kill()
+    assert started[0].wait(6 * PATIENCE) == processes.LOST
+    assert "process 0 of 2 has waited 45 s for the others to come" in said(tmp_path, 0)
+
+
+@pytest.mark.slow
 def test_one_that_hangs_is_named(start, tmp_path):
     started = start(2, f"--config.workdir={tmp_path / 'run'}", at=3, what="time.sleep(1000)")
     assert ends(started) == [processes.LOST] * 2
