@@ -5,7 +5,8 @@
 Packing, mixing of two sources, dropout, accumulation and a moving average are on. Each kill is SIGKILL at a random moment, by even chances of
 a process's start or of a stretch of its steps, where a save is often under way; then the same command goes on. Of two processes, one by chance
 is killed, and the other has to end by itself. Compared are loss, gradient norm and sample digest of every step, the held-out losses, and the
-hashes of the last weights and of the rest of the state. After each kill the newest checkpoint must be there still, or a newer one.
+hashes of the last weights and of the rest of the state. After each kill the newest checkpoint must be there still, or a newer one. Runs of one
+process and of two go on beside each other.
 """
 
 import argparse
@@ -18,6 +19,7 @@ import sys
 import tempfile
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -196,13 +198,10 @@ def main():
     tokenizer = load_tokenizer(
         "bpe:512", [record["text"] for record in list(open_sources(Data(sources=sources[:1]))[0])[:20]]
     )
-    write(
-        "resume",
-        [
-            measure(sources, tokenizer, options.kills, options.steps, options.seed),
-            measure(sources, tokenizer, options.kills_of_two, options.steps // 2, options.seed, count=2),
-        ],
-    )
+    with ThreadPoolExecutor(2) as both:  # what takes time is in other processes
+        one = both.submit(measure, sources, tokenizer, options.kills, options.steps, options.seed)
+        two = both.submit(measure, sources, tokenizer, options.kills_of_two, options.steps // 2, options.seed, count=2)
+        write("resume", [one.result(), two.result()])
 
 
 if __name__ == "__main__":
