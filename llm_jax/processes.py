@@ -45,7 +45,9 @@ class Stopped(UserError):
 
 
 def join() -> "_Watch | None":
-    """Meet the other processes of this run, where the environment tells of any; before a device is touched. From then on each watches the others.
+    """Meet the other processes of this run, where the environment tells of any; before a device is touched.
+
+    Returns what from then on watches the others, for `together`; None for a run of one process.
 
     JAX_COORDINATOR_ADDRESS (host:port of process 0), JAX_NUM_PROCESSES and JAX_PROCESS_ID tell of them on any machine; a Cloud TPU (also GKE,
     also several slices), SLURM's srun and Open MPI's mpirun tell by themselves.
@@ -136,7 +138,7 @@ def patience() -> float:
 class Together:
     """This process among those of its run."""
 
-    def __init__(self, watch: "_Watch | None" = None) -> None:
+    def __init__(self, watch: "_Watch | None") -> None:
         self.told = False
         self.watch = watch
 

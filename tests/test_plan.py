@@ -178,6 +178,10 @@ def test_what_waits_on_the_host_takes_none_of_the_device():
     moments = plan.make(dataclasses.replace(run, transforms=(offload_moments(),)), topology).memory
     assert moments.parameters == plain.parameters and moments.rest == plain.rest and plain.host == 0
     assert moments.host == plain.optimizer - moments.optimizer and moments.optimizer < 100  # counters stay
+    # Of one short row the update needs the most: gradients, the moments that come, and what they become
+    short = dataclasses.replace(run, mesh=Mesh(data=1, fsdp=1), batch=Batch(1, 32), transforms=(offload_moments(),))
+    update = plan.make(short, chips.read_topology("h100:1")).memory
+    assert update.rest == update.host + 2 * update.parameters
     inputs = plan.make(dataclasses.replace(run, model=SIZES.replace(remat="offload")), topology).memory
     assert inputs.host == plain.rest - inputs.rest == 2 * 2 * 32 * 16  # layers x bytes x tokens x width
     ranked = {
