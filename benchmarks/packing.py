@@ -31,7 +31,7 @@ def main():
             Loader(sources, built.tokenizer, run.task, data, run.batch, 0, "heldout") as loader,
             jax.set_mesh(sharding.make_mesh()),
         ):
-            losses[pack] = evaluate.evaluate(built.eval_step, params, loader, built.mesh)["loss"]
+            losses[pack] = evaluate.judge(built.eval_step, params, [loader], built.mesh)[0]["loss"]
     built.close()
     difference = abs(losses[True] - losses[False]) / losses[False]
     write(

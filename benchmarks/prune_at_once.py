@@ -65,7 +65,7 @@ def measure(rows: int) -> Callable[[Transform, int], dict[str, float]]:
             params = changed(dense.config, dense.params, jax.random.key(seed), aux)
             jax.block_until_ready(params)
             seconds = time.perf_counter() - begin
-            found = evaluate.evaluate(
+            found, _ = evaluate.judge(
                 parts.eval_step, params, parts.heldout, parts.mesh, batches=rows // RUN.batch.size
             )
         return {"perplexity": found["perplexity"], "seconds": seconds}

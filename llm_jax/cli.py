@@ -4,8 +4,11 @@ import os
 import sys
 from collections.abc import Sequence
 
-from llm_jax.commands import VERBS
+from llm_jax import commands
 from llm_jax.errors import UserError, suggest
+from llm_jax.lifecycle import commands as lifecycle
+
+VERBS = {**commands.VERBS, **lifecycle.VERBS}
 
 
 def _help() -> str:

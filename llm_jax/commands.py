@@ -1,31 +1,12 @@
 """The verbs of `python -m llm_jax VERB`: each reads its arguments, calls one function and prints."""
 
-import argparse
 import dataclasses
-import json
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any, NoReturn
+from typing import Any
 
-from llm_jax.errors import UserError, suggest
-
-
-class _Parser(argparse.ArgumentParser):
-    """argparse with one line for an error, and the nearest name for an unknown option."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(message)
-
-    def parse_args(self, args=None, namespace=None):
-        found, rest = self.parse_known_args(args, namespace)
-        if rest:
-            known = [o for action in self._actions for o in action.option_strings]
-            raise UserError(f"unknown argument {rest[0]!r}{suggest(rest[0].split('=')[0], known)}")
-        return found
-
-
-def _print(result: Any, text: str, as_json: bool) -> None:
-    print(json.dumps(result, indent=1) if as_json else text)
+from llm_jax.arguments import config_arguments, parser_of, report
+from llm_jax.errors import UserError
 
 
 def _train(arguments: Sequence[str]) -> None:
@@ -58,7 +39,7 @@ def _train(arguments: Sequence[str]) -> None:
         f"{result['steps']} steps, {result['tokens']:.0f} tokens, {result['seconds']:.0f} s",
     ]
     lines += [f"{name}: {path}" for name, path in result["paths"].items()]
-    _print(result, "\n".join(lines), as_json)
+    report(result, "\n".join(lines), as_json)
 
 
 def _main(name: str) -> bool:
@@ -68,7 +49,7 @@ def _main(name: str) -> bool:
 
 def _evaluate(arguments: Sequence[str]) -> None:
     """Held-out loss, perplexity, bits per byte and accuracy of a checkpoint on its run's held-out documents, or on other text."""
-    parser = _parser("eval", _evaluate, "python -m llm_jax eval runs/quickstart --source='text:books/*.txt'")
+    parser = parser_of("eval", _evaluate, "python -m llm_jax eval runs/quickstart --source='text:books/*.txt'")
     parser.add_argument("checkpoint", help="a checkpoint or a run's folder")
     parser.add_argument(
         "--source", action="append", default=[], help="source to evaluate on, e.g. text:GLOB; may be repeated"
@@ -79,12 +60,12 @@ def _evaluate(arguments: Sequence[str]) -> None:
     from llm_jax.evaluate import evaluate_checkpoint
 
     found = evaluate_checkpoint(options.checkpoint, tuple(options.source), options.length, options.batch)
-    _print(found, "\n".join(f"{name:14} {x:.6g}" for name, x in found.items()), options.json)
+    report(found, "\n".join(f"{name:14} {x:.6g}" for name, x in found.items()), options.json)
 
 
 def _score(arguments: Sequence[str]) -> None:
     """The log-probability, in nats, of each token of a text and of the whole."""
-    parser = _parser(
+    parser = parser_of(
         "score", _score, "python -m llm_jax score runs/quickstart 'We hold these truths to be self-evident'"
     )
     parser.add_argument("checkpoint", help="a checkpoint or a run's folder")
@@ -99,7 +80,7 @@ def _score(arguments: Sequence[str]) -> None:
     lines = [f"{p:10.4f}  {token!r}" for token, p in found] + [
         f"{total:10.4f}  in all, {total / len(found):.4f} a token"
     ]
-    _print(
+    report(
         {"tokens": [{"token": t, "log_probability": p} for t, p in found], "log_probability": total},
         "\n".join(lines),
         options.json,
@@ -108,7 +89,7 @@ def _score(arguments: Sequence[str]) -> None:
 
 def _generate(arguments: Sequence[str]) -> None:
     """Continue prompts, as the text comes."""
-    parser = _parser(
+    parser = parser_of(
         "generate",
         _generate,
         "python -m llm_jax generate runs/quickstart 'The state of the Union is' --temperature=0.8 --top-p=0.95",
@@ -144,12 +125,12 @@ def _generate(arguments: Sequence[str]) -> None:
         on_text=(lambda row, more: print(more, end="", flush=True)) if streaming else None,
     )
     result = [{"prompt": p, "text": t} for p, t in zip(options.prompts, texts)]
-    _print(result, "" if streaming else "\n\n".join(r["prompt"] + r["text"] for r in result), options.json)
+    report(result, "" if streaming else "\n\n".join(r["prompt"] + r["text"] for r in result), options.json)
 
 
 def _sweep(arguments: Sequence[str]) -> None:
     """Carry out a config once for each of several seeds: mean and spread of what is held out."""
-    parser = _parser("sweep", _sweep, "python -m llm_jax sweep --config=configs/snippets_minilm.py --seeds 0 1 2")
+    parser = parser_of("sweep", _sweep, "python -m llm_jax sweep --config=configs/snippets_minilm.py --seeds 0 1 2")
     parser.add_argument("--seeds", nargs="+", type=int, required=True, help="seeds of the runs")
     parser.epilog = f"{parser.epilog}\n\n--config=FILE and --config.KEY=VALUE are those of train.py."
     told = [a for a in arguments if a.startswith("--config")]
@@ -159,12 +140,12 @@ def _sweep(arguments: Sequence[str]) -> None:
 
     found = sweep(config.parse(told), options.seeds)
     lines = [f"{name:24} {x['mean']:.4f} +- {x['spread']:.4f}" for name, x in found["eval"].items() if "/" not in name]
-    _print(found, "\n".join([f"{len(options.seeds)} seeds, mean and standard deviation", *lines]), options.json)
+    report(found, "\n".join([f"{len(options.seeds)} seeds, mean and standard deviation", *lines]), options.json)
 
 
 def _predict(arguments: Sequence[str]) -> None:
     """The class of each text, by a model that was trained to classify, with the probability of each class."""
-    parser = _parser("predict", _predict, "python -m llm_jax predict runs/snippets_minilm 'a quiet triumph'")
+    parser = parser_of("predict", _predict, "python -m llm_jax predict runs/snippets_minilm 'a quiet triumph'")
     parser.add_argument("checkpoint", help="a checkpoint or a run's folder")
     parser.add_argument("texts", nargs="+", help="texts; - reads them from standard input, one a line")
     parser.add_argument("--pair", action="append", default=[], help="the second text of each pair, in the same order")
@@ -173,7 +154,7 @@ def _predict(arguments: Sequence[str]) -> None:
 
     texts = [line for text in options.texts for line in (sys.stdin.read().splitlines() if text == "-" else [text])]
     found = evaluate.predict(model.load(options.checkpoint), texts, options.pair)
-    _print(found, "\n".join(map(_answer, found)), options.json)
+    report(found, "\n".join(map(_answer, found)), options.json)
 
 
 def _answer(found: dict[str, Any]) -> str:
@@ -185,7 +166,7 @@ def _answer(found: dict[str, Any]) -> str:
 
 def _merge(arguments: Sequence[str]) -> None:
     """Make one model of several that share their sizes: mean, moving average, slerp, task vectors, TIES."""
-    parser = _parser("merge", _merge, "python -m llm_jax merge merged runs/a runs/b --method=ties --keep=0.2")
+    parser = parser_of("merge", _merge, "python -m llm_jax merge merged runs/a runs/b --method=ties --keep=0.2")
     parser.add_argument("out", help="the checkpoint to write; must not exist")
     parser.add_argument(
         "models", nargs="+", help="checkpoints or runs' folders; for task_vectors and ties the first is the base"
@@ -211,12 +192,12 @@ def _merge(arguments: Sequence[str]) -> None:
     made = model.merge([model.load(path) for path in options.models], change)
     model.save(made, options.out)
     found = {"checkpoint": options.out, "transform": change.label, "parents": made.card["parents"]}
-    _print(found, f"{options.out}: {change.label} of {len(options.models)} models", options.json)
+    report(found, f"{options.out}: {change.label} of {len(options.models)} models", options.json)
 
 
 def _import(arguments: Sequence[str]) -> None:
     """Make a checkpoint of a Hugging Face directory, a GGUF file or asset:NAME."""
-    parser = _parser("import", _import, "python -m llm_jax import models/bert-base-uncased checkpoints/bert")
+    parser = parser_of("import", _import, "python -m llm_jax import models/bert-base-uncased checkpoints/bert")
     parser.add_argument("source", help="a Hugging Face directory, a GGUF file, or asset:minilm")
     parser.add_argument("checkpoint", help="the checkpoint to write; must not exist")
     parser.add_argument(
@@ -246,12 +227,14 @@ def _import(arguments: Sequence[str]) -> None:
         "parameters": tree.size(loaded.params),
         "left_out": origin.get("left_out", []),
     }
-    _print(found, "\n".join(f"{name:14} {x if x != [] else 'nothing'}" for name, x in found.items()), options.json)
+    report(found, "\n".join(f"{name:14} {x if x != [] else 'nothing'}" for name, x in found.items()), options.json)
 
 
 def _export(arguments: Sequence[str]) -> None:
     """Write a checkpoint in another project's form: --format=hf, a Hugging Face directory; --format=peft, its factors of low rank alone."""
-    parser = _parser("export", _export, "python -m llm_jax export runs/snippets_minilm out/minilm-reviews --format=hf")
+    parser = parser_of(
+        "export", _export, "python -m llm_jax export runs/snippets_minilm out/minilm-reviews --format=hf"
+    )
     parser.add_argument("checkpoint", help="a checkpoint or a run's folder")
     parser.add_argument("out", help="the folder to write; must be absent or empty")
     parser.add_argument("--format", choices=["hf", "peft"], default="hf")
@@ -265,19 +248,19 @@ def _export(arguments: Sequence[str]) -> None:
         from llm_jax.interop import peft
 
         peft.save(model.load(options.checkpoint), options.out, options.base)
-        _print({"path": options.out, "format": "peft"}, f"adapter        {options.out}", options.json)
+        report({"path": options.out, "format": "peft"}, f"adapter        {options.out}", options.json)
         return
     if options.base:
         raise UserError("--base is for --format=peft")
     from llm_jax.interop.huggingface import export_model
 
     found = export_model(options.checkpoint, options.out, dtype=options.dtype)
-    _print(found, "\n".join(f"{name:14} {x}" for name, x in found.items()), options.json)
+    report(found, "\n".join(f"{name:14} {x}" for name, x in found.items()), options.json)
 
 
 def _cost(arguments: Sequence[str]) -> None:
     """What a change of sizes saves: parameters, operations and measured time of a forward pass of two models."""
-    parser = _parser("cost", _cost, "python -m llm_jax cost runs/snippets_minilm runs/distilbert_reviews")
+    parser = parser_of("cost", _cost, "python -m llm_jax cost runs/snippets_minilm runs/distilbert_reviews")
     parser.add_argument("before", help="a model: a checkpoint, a run's folder, a Hugging Face directory or a GGUF file")
     parser.add_argument("after", help="another")
     parser.add_argument("--rows", type=int, default=8, help="of the batch, 8 by default")
@@ -293,13 +276,13 @@ def _cost(arguments: Sequence[str]) -> None:
         if each.config.positions == "learned" and options.length > each.config.max_length:
             raise UserError(f"--length is {options.length}, but a row of {each} has at most {each.config.max_length}")
     found = cost.compare(a.config, b.config, (options.rows, options.length), a.params, b.params)
-    _print({**dataclasses.asdict(found), "speedup": found.speedup}, str(found), options.json)
+    report({**dataclasses.asdict(found), "speedup": found.speedup}, str(found), options.json)
 
 
 def _cache(arguments: Sequence[str]) -> None:
     """Write what a teacher finds most probable in every row that a config's run will train on, for `cached(...)`."""
     example = "python -m llm_jax cache --config=configs/quickstart.py --teacher=runs/sotu --out=caches/sotu --k=32"
-    parser = _parser("cache", _cache, example)
+    parser = parser_of("cache", _cache, example)
     parser.add_argument("--teacher", required=True, help="a model with a head over the run's vocabulary")
     parser.add_argument("--out", required=True, help="the folder to write; must hold no cache yet")
     parser.add_argument("--k", type=int, default=32, help="tokens kept at each place, 32 by default")
@@ -315,12 +298,12 @@ def _cache(arguments: Sequence[str]) -> None:
         f"{found['rows']} rows, {found['k']} tokens at each place, {found['mass']:.2%} of the teacher's probability, "
         f"{found['bytes'] / 1e6:.1f} MB\ncache: {found['path']}"
     )
-    _print(found, text, options.json)
+    report(found, text, options.json)
 
 
 def _plan(arguments: Sequence[str]) -> None:
     """What a run would take of chips that are not at hand: memory, operations, collectives, time; or which model fits a budget."""
-    parser = _parser("plan", _plan, "python -m llm_jax plan --config=configs/llama2_7b.py --topology=v5e:16x16")
+    parser = parser_of("plan", _plan, "python -m llm_jax plan --config=configs/llama2_7b.py --topology=v5e:16x16")
     parser.epilog = (
         f"{parser.epilog}\n         python -m llm_jax plan --budget --topology=v5e:16x16 --days=7\n\n"
         "--config=FILE and --config.KEY=VALUE are those of train.py. For TPUs the run's step is compiled, which needs\n"
@@ -333,7 +316,7 @@ def _plan(arguments: Sequence[str]) -> None:
     parser.add_argument("--budget", action="store_true", help="which model to train with these chips in --days")
     parser.add_argument("--days", type=float, help="of a budget")
     parser.add_argument("--utilisation", type=float, default=0.4, help="assumed in a budget, 0.4 by default")
-    told, rest = _config_arguments(arguments)
+    told, rest = config_arguments(arguments)
     options = parser.parse_args(rest)
     days = options.days or 0.0
     if options.budget and (options.days is None or told):
@@ -352,58 +335,23 @@ def _plan(arguments: Sequence[str]) -> None:
     if options.budget:
         found = budget.choices(topology, days, options.utilisation)
         result = budget.to_dict(found, topology, days, options.utilisation)
-        _print(result, reports.budget(found, topology, days, options.utilisation), options.json)
+        report(result, reports.budget(found, topology, days, options.utilisation), options.json)
         return
     run = config.parse(told)
     if options.search:
         from llm_jax.search import search
 
         plans = search(run, topology, 0 if options.estimate else options.compile)
-        _print([plan.to_dict(p) for p in plans], reports.ranking(plans), options.json)
+        report([plan.to_dict(p) for p in plans], reports.ranking(plans), options.json)
         return
     made = plan.make(run, topology, compiled=not options.estimate)
-    _print(plan.to_dict(made), reports.plan(made), options.json)
-
-
-def _config_arguments(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
-    """The words of a command line that are about a config, with the values that follow them, and the others."""
-    told: list[str] = []
-    rest: list[str] = []
-    into = rest
-    for word in arguments:
-        if word.startswith("-"):
-            into = told if word.split("=")[0] == "--config" or word.startswith("--config.") else rest
-        into.append(word)
-    return told, rest
-
-
-def _show(arguments: Sequence[str]) -> None:
-    """The card of a checkpoint: where it came from, what it is, how good it was."""
-    parser = _parser("show", _show, "python -m llm_jax show runs/quickstart")
-    parser.add_argument("checkpoint", help="a checkpoint or a run's folder")
-    options = parser.parse_args(arguments)
-
-    from llm_jax.checkpoint import read_card
-
-    print(json.dumps(read_card(options.checkpoint), indent=1))
+    report(plan.to_dict(made), reports.plan(made), options.json)
 
 
 def _with_tokenizer(loaded: Any) -> Any:
     if loaded.tokenizer is None:
         raise UserError("this checkpoint has no tokenizer")
     return loaded
-
-
-def _parser(verb: str, function: Callable[..., Any], example: str) -> _Parser:
-    parser = _Parser(
-        prog=f"python -m llm_jax {verb}",
-        description=function.__doc__,
-        epilog=f"example: {example}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.add_argument("--json", action="store_true", help="print one JSON value")
-    return parser
 
 
 VERBS: dict[str, Callable[[Sequence[str]], None]] = {
@@ -419,5 +367,4 @@ VERBS: dict[str, Callable[[Sequence[str]], None]] = {
     "cost": _cost,
     "cache": _cache,
     "plan": _plan,
-    "show": _show,
 }

@@ -1,9 +1,11 @@
 """How good a model is: sums of the loss over held-out rows, and the log-probability of a text token by token."""
 
+import contextlib
 import dataclasses
 import functools
 import itertools
 import math
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,7 +15,7 @@ import numpy as np
 from llm_jax import config, losses, model, sharding, tasks
 from llm_jax.card import Card
 from llm_jax.data.accounting import FIELDS
-from llm_jax.data.documents import open_sources
+from llm_jax.data.documents import documents, open_sources
 from llm_jax.data.pipeline import Loader, Rows
 from llm_jax.data.tokenizer import Tokenizer
 from llm_jax.errors import CheckpointError, UserError
@@ -40,39 +42,76 @@ def make_eval_step(loss: LossFn, task: Any = None):
     return jax.jit(eval_step)
 
 
-def evaluate(
-    eval_step: Any, params: Any, loader: Loader, mesh: jax.sharding.Mesh, reference: Any = None, batches: int = 0
-) -> dict[str, float]:
-    """The figures of `judge` without a task."""
-    return judge(eval_step, params, loader, mesh, reference, batches)[0]
+def held_out_loaders(
+    tokenizer: Tokenizer, task: Any, data: config.Data, batch: config.Batch, **place: int
+) -> tuple[Loader, ...]:
+    """A loader for each source of which documents are held out; none where the data holds nothing out.
+
+    Raises:
+        UserError: sources that cannot be read, or none of which a document is held out.
+    """
+    if not (data.heldout or data.heldout_sources):
+        return ()
+    sources = open_sources(data, "heldout")
+    held = [which for which, source in enumerate(sources) if len(documents(source, data, "heldout"))]
+    each = [(which,) for which in held] if len(held) > 1 else [(None,)]
+    return tuple(Loader(sources, tokenizer, task, data, batch, 0, "heldout", only=only, **place) for (only,) in each)
+
+
+@dataclasses.dataclass
+class _Sums:
+    """What is summed over rows; sums of several sources add up."""
+
+    values: dict[str, float]
+    account: np.ndarray
+    outcomes: list[dict[str, np.ndarray]]
+
+    def __add__(self, other: "_Sums") -> "_Sums":
+        names = dict.fromkeys([*self.values, *other.values])
+        values = {name: self.values.get(name, 0.0) + other.values.get(name, 0.0) for name in names}
+        return _Sums(values, self.account + other.account, self.outcomes + other.outcomes)
+
+
+def _sums(
+    eval_step: Any, params: Any, loader: Loader, mesh: jax.sharding.Mesh, reference: Any, batches: int, task: Any
+) -> _Sums:
+    """The sums over a loader's rows (the first `batches`, or all), which is put back to where it was."""
+    begin, total = loader.get_state(), _Sums({}, np.zeros(len(FIELDS)), [])
+    for rows in itertools.islice(loader, batches or None):
+        found, each = eval_step(params, put(rows.batch, mesh), reference or {})
+        values = {name: float(value) for name, value in jax.device_get(found).items()}
+        outcomes = [_examples(each, rows, mesh)] if task is not None and each else []
+        total += _Sums(values, rows.account, outcomes)
+    loader.set_state(begin)
+    return total
 
 
 def judge(
     eval_step: Any,
     params: Any,
-    loader: Loader,
+    loaders: Sequence[Loader],
     mesh: jax.sharding.Mesh,
     reference: Any = None,
     batches: int = 0,
     task: Any = None,
 ) -> tuple[dict[str, float], Judgement | None]:
-    """Loss a token, perplexity, bits a byte of text and accuracy over the loader's rows (the first `batches`, or all).
+    """Loss a token, perplexity, bits a byte of text and accuracy over the loaders' rows (the first `batches` of each, or all).
 
     Bits a byte are given where each token of the text is predicted once. Where a `Judged` task is given, the figures are its
-    judgement's beside the loss. The loader is put back to where it was.
+    judgement's beside the loss. Of several loaders the loss of each is given too, as `loss/SOURCE`.
     """
-    begin = loader.get_state()
-    sums: dict[str, float] = {}
-    account = np.zeros(len(FIELDS))
-    outcomes: list[dict[str, np.ndarray]] = []
-    for rows in itertools.islice(loader, batches or None):
-        account += rows.account
-        found, each = eval_step(params, put(rows.batch, mesh), reference or {})
-        for name, value in jax.device_get(found).items():
-            sums[name] = sums.get(name, 0.0) + float(value)
-        if task is not None and each:
-            outcomes.append(_examples(each, rows, mesh))
-    loader.set_state(begin)
+    parts = [_sums(eval_step, params, loader, mesh, reference, batches, task) for loader in loaders]
+    figures, judgement = _figures(functools.reduce(operator.add, parts), mesh, task)
+    if len(parts) > 1:
+        for loader, part in zip(loaders, parts):
+            found, _ = _figures(part, mesh, task)
+            figures |= {f"{name}/{loader.only}": found[name] for name in ("loss", "accuracy") if name in found}
+    return figures, judgement
+
+
+def _figures(total: _Sums, mesh: jax.sharding.Mesh, task: Any) -> tuple[dict[str, float], Judgement | None]:
+    """The figures of some sums, and the judgement where examples were judged."""
+    sums, account, outcomes = dict(total.values), total.account, total.outcomes
     weight = sums.pop("weight", 0.0)
     if not weight:
         return {}, None
@@ -101,7 +140,8 @@ def of_all_rows(counts: list[float], mesh: jax.sharding.Mesh) -> list[float]:
 
 def _examples(outcomes: dict[str, Any], rows: Rows, mesh: jax.sharding.Mesh) -> dict[str, np.ndarray]:
     """The outcomes (B, M, ...) of a batch as (N, ...) arrays of its examples, with the documents they are of; of all processes."""
-    documents = np.take_along_axis(rows.ids, rows.batch["predict"], axis=1)
+    predict = rows.batch.get("predict")  # absent where each token is an example
+    documents = rows.ids if predict is None else np.take_along_axis(rows.ids, predict, axis=1)
     found: dict[str, Any] = {**outcomes, "documents": documents}
     if jax.process_count() > 1:
         from jax.experimental import multihost_utils
@@ -197,11 +237,13 @@ def _held_out(
         )
     assert loaded.tokenizer is not None
     mesh = sharding.make_mesh()
-    with (
-        Loader(open_sources(data, "heldout"), loaded.tokenizer, task, data, batch, 0, "heldout") as loader,
-        jax.set_mesh(mesh),
-    ):
-        return judge(_step_of(task, loaded.config), loaded.params, loader, mesh, batches=batches, task=task)[0]
+    with contextlib.ExitStack() as stack, jax.set_mesh(mesh):
+        loaders = held_out_loaders(loaded.tokenizer, task, data, batch)
+        for loader in loaders:
+            stack.enter_context(loader)
+        if not loaders:
+            raise UserError("no document is held out: set data.heldout above 0, or data.heldout_sources")
+        return judge(_step_of(task, loaded.config), loaded.params, loaders, mesh, batches=batches, task=task)[0]
 
 
 @functools.lru_cache(maxsize=8)
@@ -266,7 +308,7 @@ def predict(loaded: model.Model, texts: Sequence[str], pairs: Sequence[str] = ()
         jax.set_mesh(mesh),
     ):
         step = make_eval_step(task.loss(loaded.config), task)
-        judgement = judge(step, loaded.params, loader, mesh, task=task)[1]
+        judgement = judge(step, loaded.params, [loader], mesh, task=task)[1]
     assert judgement is not None
     answers = {example["document"]: example for example in judgement.examples}
     return [

@@ -329,7 +329,7 @@ class _Session:
         """Held-out figures; of a task that judges each example also its judgement."""
         self.flush()
         parts, run = self.parts, self.run
-        if parts.heldout is None:
+        if not parts.heldout:
             return {}
         release_freed_memory()
         found, self.judgement = evaluate.judge(
@@ -348,7 +348,7 @@ class _Session:
     def evaluate(self, batches: int) -> None:
         """Held-out figures, written beside the training metrics, and whether they are the best so far."""
         found, metric = self.measure(batches), self.run.checkpoint.best
-        if self.parts.heldout is None:
+        if not self.parts.heldout:
             return
         if found and metric:
             before, value = self.best["value"], found[metric]
@@ -368,7 +368,7 @@ class _Session:
         told = {
             name: x
             for name, x in self.results.items()
-            if "/" not in name and name not in ("step", "tokens", "examples")
+            if ("/" not in name and name not in ("step", "tokens", "examples")) or name.startswith("loss/")
         }
         said = "  ".join(f"{name} {x:.4f}" for name, x in told.items())
         self.metrics.say(f"step {self.results['step']}  held out: {said}")

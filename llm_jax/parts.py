@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from llm_jax import checkpoint, cost, program, sharding, step, tree
+from llm_jax import checkpoint, cost, evaluate, program, sharding, step, tree
 from llm_jax import model as models
 from llm_jax import transforms as tf
 from llm_jax.card import ORIGINS, Card, content_hash
@@ -40,7 +40,8 @@ class Parts:
     mesh: jax.sharding.Mesh
     tokenizer: Tokenizer
     train: Loader
-    heldout: Loader | None
+    heldout: tuple[Loader, ...]
+    """one for each source of which documents are held out"""
     schedule: Callable[[Any], Any]
     """step -> factor of the learning rate, jitted"""
     reference: Callable[[], tuple[dict[str, Any], dict[str, str]]]
@@ -65,9 +66,8 @@ class Parts:
 
     def close(self) -> None:
         """Release the threads and processes that read."""
-        for loader in (self.train, self.heldout):
-            if loader is not None:
-                loader.close()
+        for loader in (self.train, *self.heldout):
+            loader.close()
 
 
 def build(run: Run) -> Parts:
@@ -99,18 +99,8 @@ def build(run: Run) -> Parts:
             )
     place: dict[str, Any] = dict(zip(("process_index", "process_count"), sharding.rows_here(mesh)))
     train = Loader(sources, tokenizer, run.task, run.data, run.batch, run.seed, "train", **place)
-    heldout = None
-    if run.data.heldout or run.data.heldout_sources:
-        heldout = Loader(
-            open_sources(run.data, "heldout"),
-            tokenizer,
-            run.eval.task or run.task,
-            run.data,
-            run.batch,
-            run.seed,
-            "heldout",
-            **place,
-        )
+    judged: Any = run.eval.task or run.task
+    heldout = evaluate.held_out_loaders(tokenizer, judged, run.data, run.batch, **place)
     wanted = transform_of(run).calibration
     aux = calibration(run, tokenizer, wanted) if wanted else None
     return assemble(run, mesh, tokenizer, train, heldout, aux)
@@ -157,8 +147,8 @@ def _tokenizer(run: Run, sources: list[Any]) -> Tokenizer:
 
 def _texts(run: Run, sources: list[Any]) -> Iterator[str]:
     """The texts of the documents that are not held out, for training a tokenizer."""
-    for source in sources:
-        for index in documents(source, run.data, "train"):
+    for source, weight in zip(sources, run.data.weights or [1.0] * len(sources)):
+        for index in documents(source, run.data, "train") if weight else ():
             record = source[int(index)]
             if not record.get("invalid"):
                 texts = (field(record, run.data.text, "data.text"), record.get(run.data.target))
@@ -170,7 +160,7 @@ def assemble(
     mesh: jax.sharding.Mesh,
     tokenizer: Tokenizer,
     train: Loader,
-    heldout: Loader | None,
+    heldout: tuple[Loader, ...],
     aux: tf.Calibration | None,
 ) -> Parts:
     """The functions of a run, with what they read: data, weights to start from, other models."""

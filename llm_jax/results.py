@@ -36,11 +36,10 @@ def write(parts: Parts, params: Any, judgement: Judgement | None, facts: dict[st
 
 def _predictions(parts: Parts, judgement: Judgement, folder: Path) -> Path:
     """predictions.jsonl: a line each held-out document, by its id."""
-    assert parts.heldout is not None
     path = folder / "predictions.jsonl"
     with path.open("w", encoding="utf-8") as file:
         for example in judgement.examples:
-            named = {"id": parts.heldout.record_id(example["document"]), **example}
+            named = {"id": parts.heldout[0].record_id(example["document"]), **example}
             named.pop("document")
             file.write(json.dumps(named, ensure_ascii=False) + "\n")
     return path

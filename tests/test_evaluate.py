@@ -49,9 +49,9 @@ def test_the_first_batches_add_up_and_the_loader_is_where_it_was(decoder, data, 
         batches = list(loader)
         assert len(batches) > 2
         loader.set_state(begin)
-        first, second = (evaluate.evaluate(step, params, loader, mesh, batches=n) for n in (1, 2))
-        again = evaluate.evaluate(step, params, loader, mesh, batches=1)
-        whole = evaluate.evaluate(step, params, loader, mesh)
+        first, second = (evaluate.judge(step, params, [loader], mesh, batches=n)[0] for n in (1, 2))
+        again = evaluate.judge(step, params, [loader], mesh, batches=1)[0]
+        whole = evaluate.judge(step, params, [loader], mesh)[0]
         assert next(loader).digest == batches[0].digest
     alone = [step(params, sharding.put(rows.batch, mesh), {})[0] for rows in batches]
     totals, weights = np.array([[float(x["total"]), float(x["weight"])] for x in alone]).T
@@ -68,7 +68,8 @@ def test_no_bits_a_byte_where_not_every_token_is_predicted(data, corpus):
     config = presets.bert(**SIZES, head="mlm", pooler="none")
     mesh, task = sharding.make_mesh(), MaskedToken()
     with Loader(open_sources(data), tokenizer, task, data, BATCH, 0, "heldout") as loader, jax.set_mesh(mesh):
-        found = evaluate.evaluate(evaluate.make_eval_step(task.loss(config)), weights(config), loader, mesh, batches=1)
+        step = evaluate.make_eval_step(task.loss(config))
+        found, _ = evaluate.judge(step, weights(config), [loader], mesh, batches=1)
     assert set(found) == {"loss", "perplexity", "tokens", "accuracy"}
 
 
@@ -83,7 +84,7 @@ def test_perplexity_is_that_of_the_text(decoder, data, tokenizer):
         return found._replace(total=found.total + 2.0 * found.weight)
 
     with Loader(open_sources(data), tokenizer, NextToken(), data, BATCH, 0, "heldout") as loader, jax.set_mesh(mesh):
-        found = evaluate.evaluate(evaluate.make_eval_step(with_term), params, loader, mesh, batches=1)
+        found, _ = evaluate.judge(evaluate.make_eval_step(with_term), params, [loader], mesh, batches=1)
     assert found["perplexity"] == pytest.approx(np.exp(found["loss"] - 2), rel=1e-5)
 
 

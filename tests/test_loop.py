@@ -1,5 +1,6 @@
 """A run leaves what it says it leaves, goes on exactly where it was, and refuses what it cannot go on with."""
 
+import contextlib
 import dataclasses
 import json
 import logging
@@ -18,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llm_jax import checkpoint, cli, config, loop, model, times
+from llm_jax import checkpoint, cli, config, evaluate, loop, model, times
 from llm_jax.card import content_hash
 from llm_jax.config import Batch, Data, Eval, Mesh, Optimizer, Run, Schedule
 from llm_jax.config import Checkpoint as Keep
@@ -669,3 +670,21 @@ def test_a_run_that_was_not_begun_repeatable_stays_so(copied: Run, monkeypatch: 
     monkeypatch.setenv("LLM_JAX_REPEATABLE", "1")
     with pytest.raises(CheckpointError, match="was begun without LLM_JAX_REPEATABLE=1: unset it, or give"):
         loop.train(copied)
+
+
+def test_what_is_held_out_of_several_sources_is_measured_apart(tiny: Run, texts: Path):
+    """The loss of each source's own documents, at every evaluation, makes up that of all; one of weight 0 is never trained on."""
+    a, b = f"text:{texts}/a/*.txt", f"text:{texts}/b/*.txt"
+    found = loop.train(change(tiny, steps=6, eval=dict(batches=0)))["eval"]
+    assert found["loss/" + a] != found["loss/" + b]
+    alone = evaluate.evaluate_checkpoint(str(tiny.folder), (a,))  # all of its documents
+    assert f"loss/{a}" not in alone
+    lines = [json.loads(line) for line in (tiny.folder / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if f"eval/loss/{a}" in line] == [6]
+    assert min(found["loss/" + a], found["loss/" + b]) < found["loss"] < max(found["loss/" + a], found["loss/" + b])
+
+    only = loop.train(change(tiny, workdir=str(tiny.folder / "only"), steps=6, data=dict(weights=(1.0, 0.0))))
+    assert {"loss/" + a, "loss/" + b} <= set(only["eval"])
+    with contextlib.closing(build(change(tiny, data=dict(weights=(1.0, 0.0))))) as parts:
+        seen = {parts.train.record_id(int(n)) for _ in range(30) for n in np.unique(next(parts.train).ids) if n >= 0}
+    assert seen and all("/a/" in name for name in seen)

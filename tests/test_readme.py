@@ -36,7 +36,7 @@ def test_it_has_under_200_lines_and_every_path_in_it_exists():
 
 
 def test_every_verb_in_it_exists():
-    from llm_jax.commands import VERBS
+    from llm_jax.cli import VERBS
 
     assert set(re.findall(r"python -m llm_jax (\w+) ", TEXT)) <= set(VERBS)
 

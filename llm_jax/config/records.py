@@ -32,7 +32,7 @@ class Data:
     sources: tuple[str, ...] = ()
     """tfds:NAME, text:GLOB, jsonl:GLOB, csv:GLOB, parquet:GLOB or asset:NAME, mixed by the weights"""
     weights: tuple[float, ...] = ()
-    """share of the pieces drawn from each source; empty for shares in proportion to their documents"""
+    """share of the pieces drawn from each source, 0 for one that is evaluated only; empty for shares in proportion to their documents"""
     heldout: float = 0.05
     """share of the documents kept apart for evaluation when heldout_sources is empty"""
     group: str = ""
@@ -70,8 +70,8 @@ class Data:
         positive(self, "data", "workers", least=0)
         if self.weights and len(self.weights) != len(self.sources):
             raise ConfigError(f"data.weights has {len(self.weights)} values for {len(self.sources)} data.sources")
-        if not all(w > 0 for w in self.weights):
-            raise ConfigError(f"data.weights are {self.weights}: each must be above 0")
+        if self.weights and not (min(self.weights) >= 0 and max(self.weights) > 0):
+            raise ConfigError(f"data.weights are {self.weights}: none may be below 0, and one must be above it")
         if list(self.buckets) != sorted(set(self.buckets)) or any(b < 1 for b in self.buckets):
             raise ConfigError(f"data.buckets are {self.buckets}: they must be positive and increasing")
 

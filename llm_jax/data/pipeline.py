@@ -82,6 +82,7 @@ class Loader:
     Args:
         sources: as given by `documents.open_sources(data, split)`.
         once: read the documents for training as those held out are: once, in order.
+        only: the number of the one source whose documents are read; None for all of them.
 
     Raises:
         ConfigError: rows, processes, buckets or weights that do not go together; a label for each example of packed
@@ -101,6 +102,7 @@ class Loader:
         process_index: int = 0,
         process_count: int = 1,
         once: bool = False,
+        only: int | None = None,
     ):
         self._sources, self._tokenizer, self._task = list(sources), tokenizer, task
         self._data, self._batch = data, batch
@@ -111,7 +113,13 @@ class Loader:
         self._workers, self._shards = (data.workers, data.shards) if self._train else (0, 1)
         self._lengths = sorted({*data.buckets, batch.length})
         self._check()
-        self._documents = [documents(source, data, split) for source in self._sources]
+        self._weights = list(data.weights) if split == "train" and data.weights else None
+        wanted = [
+            only in (None, i) and (self._weights is None or self._weights[i] > 0) for i in range(len(self._sources))
+        ]
+        self._documents = [
+            documents(source, data, split) if read else np.arange(0) for source, read in zip(self._sources, wanted)
+        ]
         self._salt, self._batches = 0, 0
         self._iterators = self._make()
 
@@ -171,11 +179,12 @@ class Loader:
         # to wait for, so that many are under way at once; the order is the same.
         threads = REQUESTS if any(is_remote(source.spec.partition(":")[2]) for source in self._sources) else 0
         reading = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=4 * threads)
-        pairs = [self._pairs(which, shard) for which in range(len(self._sources))]
+        trained = [which for which in range(len(self._sources)) if not self._weights or self._weights[which]]
+        pairs = {which: self._pairs(which, shard) for which in (trained if self._train else range(len(self._sources)))}
         if not self._train:
-            pairs = [np.concatenate(pairs)]
+            pairs = {0: np.concatenate(list(pairs.values()))}
         parts = []
-        for which, part in enumerate(pairs):
+        for which, part in pairs.items():
             dataset = grain.MapDataset.source(part)
             if self._train:
                 dataset = dataset.shuffle(self._seed_of(shard, "documents", which)).repeat()
@@ -184,7 +193,8 @@ class Loader:
             parts.append(Pieces(dataset.to_iter_dataset(reading), limit=2 * len(part)))
         if len(parts) == 1:
             return parts[0]
-        return grain.IterDataset.mix(parts, list(self._data.weights or map(len, self._documents)))
+        weights = self._weights or list(map(len, self._documents))
+        return grain.IterDataset.mix(parts, [weights[which] for which in trained])
 
     def _rows(self, shard: int, count: int) -> grain.IterDataset:
         """Rows of a shard in the order of its parts of batches, of `count` rows."""
@@ -295,6 +305,12 @@ class Loader:
 
     def __exit__(self, *exception) -> None:
         self.close()
+
+    @property
+    def only(self) -> str:
+        """The one source that is read, as it was given; of several their list."""
+        read = [source.spec for source, numbers in zip(self._sources, self._documents) if len(numbers)]
+        return ", ".join(read)
 
     def record_id(self, document: int) -> str:
         """The id of a document by its number over all sources."""

@@ -17,6 +17,7 @@ from llm_jax import storage
 from llm_jax.config import Data
 from llm_jax.data import assets, files, lines, tables
 from llm_jax.data.files import Record
+from llm_jax.data.selected import Selected, split_spec
 from llm_jax.errors import DataError, choose, suggest
 
 
@@ -37,7 +38,7 @@ class Source(Protocol):
 
 def open_source(spec: str, data: Data) -> Source:
     """The records that a spec names: `text:GLOB`, `jsonl:GLOB`, `csv:GLOB` (tabulators in .tsv), `parquet:GLOB`,
-    `tfds:NAME[/CONFIG][:SPLIT]` or `asset:NAME`.
+    `tfds:NAME[/CONFIG][:SPLIT]` or `asset:NAME`; with `#FIELD=LOW..HIGH` or `#FIELD=VALUE,VALUE` behind it, those of such a field.
 
     `data.text` is the field that the document of a text file stands in; `data.invalid` says whether bytes that are not
     UTF-8 raise on access or give `{"id": ..., "invalid": True}`.
@@ -50,6 +51,9 @@ def open_source(spec: str, data: Data) -> Source:
     Traceback (most recent call last):
     llm_jax.errors.DataError: unknown scheme 'txt' of source 'txt:a/*.txt'; did you mean 'text'?
     """
+    whole, condition = split_spec(spec)
+    if condition:
+        return Selected(open_source(whole, data), condition)
     scheme, colon, _ = spec.partition(":")
     if not colon:
         known = _SUFFIXES.get(PurePath(spec).suffix, "text")

@@ -477,3 +477,38 @@ def test_a_cache_that_cannot_be_written_costs_time_only(folder, monkeypatch, cap
     source = open_source("jsonl:a.jsonl", Data())
     assert source[0]["text"] == "one" and len(source.fingerprint) == 64
     assert "cannot write to the cache folder" in caplog.text
+
+
+# --- conditions
+
+
+def test_the_records_of_a_field(folder):
+    rows = [{"text": f"t{i}", "date": f"{1789 + i}-03-04", "stars": i / 2} for i in range(6)]
+    put("a.jsonl", "\n".join(map(json.dumps, rows)))
+
+    def found(condition: str) -> list[str]:
+        return [record["text"] for record in every(open_source(f"jsonl:a.jsonl#{condition}", Data()))]
+
+    assert found("date=1790..1791") == ["t1", "t2"]
+    assert found("date=..1790-03-03") == ["t0"]
+    assert found("date=1793..") == ["t4", "t5"]
+    assert found("stars=0.5..1") == ["t1", "t2"]
+    assert found("text=t0,t5") == ["t0", "t5"]
+    whole, part = open_source("jsonl:a.jsonl", Data()), open_source("jsonl:a.jsonl#stars=1..", Data())
+    assert part.spec == "jsonl:a.jsonl#stars=1.." and part.fingerprint != whole.fingerprint
+    assert part[-1] == whole[5] and pickle.loads(pickle.dumps(part))[0] == part[0]
+    with pytest.raises(IndexError):
+        part[4]
+
+
+@pytest.mark.parametrize(
+    ("condition", "said"),
+    [
+        ("dat=1790..", "has no field 'dat'; did you mean 'date'?"),
+        ("date=1999..", "none of the 2 records is such"),
+        ("stars=few..many", "'stars' of a.jsonl:1 is a number, the bounds are not"),
+    ],
+)
+def test_conditions_that_cannot_be(folder, condition: str, said: str):
+    put("a.jsonl", '{"text": "x", "date": "1790", "stars": 1}\n{"text": "y", "date": "1791", "stars": 2}')
+    assert said in refused(f"jsonl:a.jsonl#{condition}")

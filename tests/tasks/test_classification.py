@@ -133,7 +133,7 @@ def judged(corpus, tokenizer, task, params, sizes=SIZES, **data):
     batch = config.Batch(size=4, length=48)
     with Loader([open_source(corpus, settings)], tokenizer, task, settings, batch, 0, "heldout") as loader:
         step = evaluate.make_eval_step(task.loss(sizes), task)
-        return evaluate.judge(step, params, loader, mesh, task=task)
+        return evaluate.judge(step, params, [loader], mesh, task=task)
 
 
 @pytest.fixture(scope="module")
