@@ -25,13 +25,12 @@ from llm_jax.card import Card, content_hash
 from llm_jax.config import Checkpoint
 from llm_jax.errors import CheckpointError, UserError
 from llm_jax.metrics import rising
-from llm_jax.remote_arrays import COMMIT, reached
+from llm_jax.remote_arrays import reached
+from llm_jax.saved import COMMIT, SUMS, find, read_card, root_cause, steps, texts
+from llm_jax.saved import read_texts as read_texts
 from llm_jax.storage import Path, as_path, is_remote, remove_tree
 
 log = logging.getLogger(__name__)
-
-SUMS = "SHA256SUMS"
-"""The file with the checksums of the text files, as `sha256sum --check` reads it."""
 
 
 class _Files:
@@ -93,26 +92,11 @@ def difference(found: Any, wanted: Any) -> str:
     return _mismatch(_described(found), _described(wanted))
 
 
-def _texts(path: Path) -> dict[str, str]:
-    """The text files of a checkpoint. Raises OSError or ValueError when one is missing or not what was written."""
-    folder = path / "about"
-    found = {}
-    for line in (folder / SUMS).read_text(encoding="utf-8").splitlines():
-        digest, _, name = line.partition("  ")
-        content = (folder / name).read_bytes()
-        if hashlib.sha256(content).hexdigest() != digest:
-            raise ValueError(f"about/{name} is not what was written")
-        found[name] = content.decode()
-    if "card.json" not in found:
-        raise ValueError("it has no card")
-    return found
-
-
 def _load(
     path: Path, wanted: dict[str, Any], check: Callable[[Card], None] | None = None
 ) -> tuple[dict[str, Any], dict[str, str]]:
     """The arrays asked for and the text files of a checkpoint; what cannot be read raises what the library raises."""
-    files = _texts(path)
+    files = texts(path)
     card = json.loads(files["card.json"])
     if check is not None:
         check(card)
@@ -129,64 +113,6 @@ def _load(
     return {name: loaded[name] for name in wanted}, files
 
 
-def steps(folder: Path) -> list[int]:
-    """The steps that have a checkpoint in a run's folder, ascending."""
-    root = as_path(folder) / "checkpoints"
-    if is_remote(root):
-        whole = [p.parent.name for p in root.glob(f"*/{COMMIT}")]
-    else:
-        whole = [p.name for p in root.iterdir() if p.is_dir()] if root.is_dir() else []
-    return sorted(int(name) for name in whole if name.isdigit())
-
-
-def _is_complete(path: Path) -> bool:
-    return (path / "about").is_dir() and (not is_remote(path) or (path / COMMIT).is_file())
-
-
-def find(path: Path) -> Path:
-    """The checkpoint that `path` stands for: itself, or of a run's folder the newest, in a run with eval.patience the best.
-
-    Raises:
-        CheckpointError: there is none.
-    """
-    path = as_path(path).absolute()
-    if _is_complete(path):
-        return path
-    for step in reversed(steps(path)):
-        newest = path / "checkpoints" / str(step)
-        if _is_complete(newest):
-            return _best(newest) or newest
-    raise CheckpointError(f"no checkpoint in {path}" if path.exists() else f"no such file or folder: {path}")
-
-
-def _best(newest: Path) -> Path | None:
-    """The checkpoint that a run with patience ends with, as its newest one knows it; None for other runs."""
-    try:
-        card = json.loads(_texts(newest)["card.json"])
-        best = newest.with_name(str(card["best"]["step"]))
-        return best if card["config"]["eval"]["patience"] and _is_complete(best) else None
-    except (OSError, ValueError, KeyError, TypeError):  # damaged, or of a model that no run made: told when it is read
-        return None
-
-
-def read_texts(path: Path) -> dict[str, str]:
-    """The text files of a checkpoint by name, verified: card.json, tokenizer.json, data.json.
-
-    Raises:
-        CheckpointError: missing or damaged.
-    """
-    path = find(path)
-    try:
-        return _texts(path)
-    except (OSError, ValueError) as e:
-        raise CheckpointError(f"checkpoint {path} is damaged: {_reason(e)}") from e
-
-
-def read_card(path: Path) -> Card:
-    """The card of a checkpoint. Raises CheckpointError when it is missing or damaged."""
-    return json.loads(read_texts(path)["card.json"])
-
-
 def load_params(path: Path, abstract: Any) -> tuple[Any, Card, str | None]:
     """The weights of a checkpoint, laid out as `abstract` says, its card and its tokenizer.
 
@@ -199,7 +125,7 @@ def load_params(path: Path, abstract: Any) -> tuple[Any, Card, str | None]:
     except UserError:
         raise
     except Exception as e:  # Orbax raises many kinds; for the user it is one
-        raise CheckpointError(f"checkpoint {path} is damaged: {_reason(e)}") from e
+        raise CheckpointError(f"checkpoint {path} is damaged: {root_cause(e)}") from e
     return loaded["params"], json.loads(files["card.json"]), files.get("tokenizer.json")
 
 
@@ -228,7 +154,7 @@ def load_optimizer(path: Path, place: Callable[[Any], Any]) -> Any:
     except UserError:
         raise
     except Exception as e:  # Orbax raises many kinds; for the user it is one
-        raise CheckpointError(f"checkpoint {path} is damaged: {_reason(e)}") from e
+        raise CheckpointError(f"checkpoint {path} is damaged: {root_cause(e)}") from e
     return loaded["opt_state"]
 
 
@@ -262,19 +188,12 @@ def _about(card: Card, arrays: dict[str, Any], tokenizer: str | None, data: Any)
     return _Files({**kept, SUMS: sums})
 
 
-def _reason(error: BaseException) -> str:
-    """The first line of what lies at the bottom of an error."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    return (str(error).splitlines() or [type(error).__name__])[0][:200]
-
-
 def _failed(error: BaseException, where: Path) -> CheckpointError:
     if is_full(error):
         return CheckpointError(
             f"no space left on the disk of {where}: the checkpoint was not written; earlier ones are intact"
         )
-    return CheckpointError(f"writing {where} failed: {_reason(error)}")
+    return CheckpointError(f"writing {where} failed: {root_cause(error)}")
 
 
 def _remove_unfinished(folder: Path, name: str = "") -> None:
@@ -330,7 +249,7 @@ class Checkpoints:
             except UserError:
                 raise
             except Exception as e:  # whatever is wrong with it, the one before may be whole
-                damaged.append((path, _reason(e)))
+                damaged.append((path, root_cause(e)))
                 continue
             for broken, reason in damaged:
                 self._set_aside(broken, reason, path)

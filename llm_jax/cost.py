@@ -119,6 +119,13 @@ def compare(
     return Comparison(costs[0], costs[1], shape, jax.devices()[0].device_kind, kinds[0] == kinds[1])
 
 
+def peak_memory(config: ModelConfig, batch_shape: tuple[int, int]) -> int:
+    """Bytes that a forward pass holds at once as it is compiled here: weights, batch, results and what lies between."""
+    compiled = _compiled(config, transformer.shapes(config), batch_shape)[0]
+    used = compiled.memory_analysis()
+    return used.argument_size_in_bytes + used.output_size_in_bytes + used.temp_size_in_bytes - used.alias_size_in_bytes
+
+
 def told(
     before: ModelConfig, after: ModelConfig, batch_shape: tuple[int, int], pruned: Collection[str], measure: bool
 ) -> str:
@@ -165,6 +172,12 @@ def _shapes(config: ModelConfig, batch_shape: tuple[int, int]) -> dict[str, tupl
 
 def _forward(config: ModelConfig, params: Params, batch_shape: tuple[int, int]) -> Callable[[], Any]:
     """A pass that waits for its result, compiled already."""
+    compiled, batch = _compiled(config, params, batch_shape)
+    return lambda: jax.block_until_ready(compiled(params, batch))
+
+
+def _compiled(config: ModelConfig, params: Params, batch_shape: tuple[int, int]) -> tuple[Any, Any]:
+    """A forward pass, compiled for weights of these shapes, and a batch for it."""
     rng = np.random.default_rng(0)
     batch: dict[str, Any] = {
         name: rng.integers(0, config.vocab_size, shape).astype(np.int32)
@@ -178,8 +191,7 @@ def _forward(config: ModelConfig, params: Params, batch_shape: tuple[int, int]) 
         found = transformer.apply(config, params, batch)
         return found.hidden if found.logits is None else found.logits
 
-    compiled = jax.jit(forward).lower(params, batch).compile()
-    return lambda: jax.block_until_ready(compiled(params, batch))
+    return jax.jit(forward).lower(params, batch).compile(), batch
 
 
 def _times(runs: list[Callable[[], Any]]) -> list[list[float]]:

@@ -43,7 +43,7 @@ def make_eval_step(loss: LossFn, task: Any = None):
 
 
 def held_out_loaders(
-    tokenizer: Tokenizer, task: Any, data: config.Data, batch: config.Batch, **place: int
+    tokenizer: Tokenizer, task: Any, data: config.Data, batch: config.Batch, **place: Any
 ) -> tuple[Loader, ...]:
     """A loader for each source of which documents are held out; none where the data holds nothing out.
 

@@ -151,11 +151,12 @@ def draw_curves(folder: Path) -> Path:
     figure = Figure(figsize=(8, 6), layout="constrained")
     top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
     apart = sorted({name for e in entries for name in e if name.startswith("eval/loss/")})
-    for name, label, style in (
+    drawn: list[tuple[str, str, dict[str, Any]]] = [
         ("loss", "training", dict(color="0.6", linewidth=1)),
         ("eval/loss", "held out", dict(color="C0", marker="o")),
         *((name, f"held out, {name.removeprefix('eval/loss/')}", dict(marker="o")) for name in apart),
-    ):
+    ]
+    for name, label, style in drawn:
         points = [(e["step"], e[name]) for e in entries if e.get(name) is not None]
         if points:
             top.plot(*zip(*points), label=label, **style)

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 from jaxtyping import Array
 
-from llm_jax import checkpoint, generation, sharding, transforms, tree
+from llm_jax import checkpoint, generation, names, sharding, transforms, tree
 from llm_jax.card import Card, code_version, content_hash, library_versions
 from llm_jax.config import to_dict
 from llm_jax.data import assets
@@ -51,11 +51,13 @@ OF_THE_PARENT = ("pruned", "results", "best", "step", "moments")
 
 
 def locate(path: str | Path) -> tuple[str, Path]:
-    """(kind, path) of a model: checkpoint, huggingface or gguf; `asset:NAME` is fetched.
+    """(kind, path) of a model: checkpoint, huggingface or gguf; `asset:NAME` is fetched, `registry:NAME` is what the name stands for now.
 
     >>> locate("runs/quickstart")[0]
     'checkpoint'
     """
+    if str(path).startswith(names.PREFIX):
+        return "checkpoint", names.resolve(str(path).removeprefix(names.PREFIX)).path
     if str(path).startswith("asset:"):
         path = assets.checkpoint_path(str(path).removeprefix("asset:"))
     path = as_path(path).expanduser()
@@ -88,7 +90,7 @@ def read_tokenizer(path: str | Path) -> Tokenizer | None:
 
 
 def load(path: str | Path, mesh: jax.sharding.Mesh | None = None) -> Model:
-    """The model of a checkpoint, a run's folder, a Hugging Face directory or a GGUF file, or of `asset:NAME`.
+    """The model of a checkpoint, a run's folder, a Hugging Face directory or a GGUF file, of `asset:NAME` or `registry:NAME`.
 
     Each array is laid out over `mesh` (all devices by default) as the rules say.
 

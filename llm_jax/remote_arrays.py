@@ -13,9 +13,6 @@ from orbax.checkpoint import v1 as ocp
 
 from llm_jax.storage import StorageError, is_remote
 
-COMMIT = "commit_success.txt"
-"""What Orbax writes when all else of a checkpoint is written, in a bucket as on a disk"""
-
 CUT = 2**20
 """Bytes from which on a part of an array is worth cutting, so that each device that holds the array writes one: each cut is a program to compile"""
 

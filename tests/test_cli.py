@@ -128,11 +128,12 @@ def test_another_config_in_the_same_folder_is_refused(trained, file, capsys):
 
 
 def test_show(trained, capsys):
-    card = json.loads(printed(capsys, "show", trained[0]))
+    card = json.loads(printed(capsys, "show", trained[0], "--json"))
     assert (
         card["name"] == "tiny" and card["config"]["optimizer"]["learning_rate"] == 0.01 and card["model"]["dim"] == 16
     )
-    assert card == json.loads(printed(capsys, "show", trained[0], "--json"))
+    shown = printed(capsys, "show", trained[0])
+    assert card["hashes"]["params"] in shown and "NextToken, 2 steps" in shown
 
 
 def test_eval(trained, file, capsys):
@@ -277,7 +278,8 @@ def test_a_record_with_a_missing_field(trained, file, tmp_path, capsys):
         (["evl", "x"], "unknown verb 'evl'; did you mean 'eval'?"),
         (
             ["--config=x.py"],
-            "unknown verb '--config=x.py'; known: cache, cost, eval, export, generate, import, merge, plan, predict, score, show, sweep, train",
+            "unknown verb '--config=x.py'; known: advise, cache, cost, diff, drift, eval, export, gate, generate, import, log, merge, plan, "
+            "predict, promote, report, rollback, score, show, sweep, train, update",
         ),
         (["train", "--config"], "--config names no file: say --config=configs/NAME.py"),
         (["train", "--steps=3"], "no config: say --config=configs/NAME.py"),
@@ -382,7 +384,7 @@ def test_the_module_in_a_process_of_its_own(tmp_path):
 
 def test_output_cut_short_by_a_reader(trained):
     """`llm-jax show ... | head -1` is no error."""
-    command = f"{sys.executable} -m llm_jax show {trained[0]} | head -c 1"
+    command = f"{sys.executable} -m llm_jax show {trained[0]} --json | head -c 1"
     done = subprocess.run(
         ["bash", "-c", f"set -o pipefail; {command}"], cwd=ROOT, capture_output=True, text=True, timeout=300
     )

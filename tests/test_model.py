@@ -140,7 +140,7 @@ def test_verbs(folder, capsys):
     assert status == 0 and [r["prompt"] for r in json.loads(out)] == ["The", "A"]
     status, out, _ = run_cli(capsys, "generate", str(folder), "The", "--max-new-tokens=3")
     assert status == 0 and out.startswith("The")
-    status, out, _ = run_cli(capsys, "show", str(folder))
+    status, out, _ = run_cli(capsys, "show", str(folder), "--json")
     assert status == 0 and json.loads(out)["name"] == "tiny"
 
 

@@ -3,7 +3,7 @@
 Nothing here imports jax: a misspelt key is told before a device is touched. The sizes of the model live in `models/config.py`.
 """
 
-from llm_jax.config.reading import load, override, parse, show
+from llm_jax.config.reading import load, load_record, override, parse, show
 from llm_jax.config.records import (
     Batch,
     Checkpoint,
@@ -29,6 +29,7 @@ __all__ = [
     "Schedule",
     "fraction",
     "load",
+    "load_record",
     "override",
     "parse",
     "positive",

@@ -9,12 +9,14 @@ import re
 import traceback
 import types
 import typing
-from typing import Any
+from typing import Any, TypeVar
 
 from llm_jax.config import records
 from llm_jax.config.records import Run, to_dict
 from llm_jax.errors import ConfigError, UserError, suggest
 from llm_jax.storage import Path, as_path
+
+T = TypeVar("T")
 
 
 def load(path: str | Path) -> Run:
@@ -23,6 +25,11 @@ def load(path: str | Path) -> Run:
     Raises:
         ConfigError: no such file, no `get_config` in it, an error in it, or a value that is not allowed.
     """
+    return load_record(path, "get_config", Run)
+
+
+def load_record(path: str | Path, function: str, kind: type[T]) -> T:
+    """The record that a function of a Python file returns, with the types that its annotations say. Raises as `load`."""
     path = as_path(path)
     if not path.is_file():
         near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.py")], n=1)
@@ -34,19 +41,20 @@ def load(path: str | Path) -> Run:
     module.__file__ = name
     try:
         exec(compile(path.read_bytes(), name, "exec"), vars(module))
-        if not hasattr(module, "get_config"):
-            raise ConfigError(f"{path} has no function get_config()")
-        run = module.get_config()
+        if not hasattr(module, function):
+            raise ConfigError(f"{path} has no function {function}()")
+        record = getattr(module, function)()
     except UserError:
         raise
     except Exception as e:
         lines = [f":{frame.lineno}" for frame in traceback.extract_tb(e.__traceback__) if frame.filename == name]
         said = _with_suggestion(str(e), vars(module))
         raise ConfigError(f"{path}{''.join(lines[-1:])}: {type(e).__name__}: {said}") from e
-    if not isinstance(run, Run):
-        raise ConfigError(f"{path}: get_config() returned a {type(run).__name__}, not a llm_jax.config.Run")
-    _check_types(run, str(path))
-    return run
+    if not isinstance(record, kind):
+        home = "llm_jax.config" if kind is Run else kind.__module__
+        raise ConfigError(f"{path}: {function}() returned a {type(record).__name__}, not a {home}.{kind.__name__}")
+    _check_types(record, str(path), function.removeprefix("get_"))
+    return record
 
 
 def _with_suggestion(message: str, names: dict[str, Any]) -> str:

@@ -216,7 +216,7 @@ class Run:
     """folder of the results; empty for runs/NAME"""
     seed: int = 0
     start: str = "fresh"
-    """fresh, or the path of a checkpoint, a run's folder, a Hugging Face directory or a GGUF file, or asset:NAME"""
+    """fresh, or the path of a checkpoint, a run's folder, a Hugging Face directory or a GGUF file, or asset:NAME, or registry:NAME"""
     model: ModelConfig | None = None
     """sizes; None for those of the model it starts from, or, where that is fresh, the defaults"""
     transforms: tuple[Any, ...] = ()

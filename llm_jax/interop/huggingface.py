@@ -3,6 +3,7 @@
 What a family calls its tensors and its sizes is in `families.py`, the format of the weights in `tensor_files.py`.
 """
 
+import importlib
 import logging
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -123,9 +124,12 @@ def read_tokenizer(path: str | Path) -> Tokenizer | None:
 def export_model(
     checkpoint: str | Path, out: str | Path, dtype: str | None = None, family: str | None = None
 ) -> dict[str, Any]:
-    """Make a Hugging Face directory of a checkpoint; what was written. Raises as `save`."""
+    """Make a Hugging Face directory of a checkpoint; what was written. Raises as `save`.
+
+    README.md tells of what the model was made of as far as cards are found beside the checkpoint, in `runs` and in the registry.
+    """
     loaded = models.load(checkpoint)
-    save(loaded, out, dtype=dtype, family=family)
+    save(loaded, out, dtype=dtype, family=family, ancestors=_ancestors(checkpoint, loaded.card))
     written = read_json(as_path(out) / "config.json")
     return {
         "parameters": tree.size(loaded.params),
@@ -133,6 +137,15 @@ def export_model(
         "dtype": written["dtype"],
         "path": str(out),
     }
+
+
+def _ancestors(path: str | Path, card: Card) -> list[Card]:
+    kind, place = models.locate(path)
+    if kind != "checkpoint" or not card.get("parents"):
+        return []
+    # Late, since it is a layer above this one.
+    lineage = importlib.import_module("llm_jax.lifecycle.lineage")
+    return [version.card for version in lineage.near(place).ancestors(card["parents"])]
 
 
 def match(folder: Path, head: str | None = None, labels: Labels = None) -> Found:

@@ -4,14 +4,15 @@ import json
 import logging
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from llm_jax import checkpoint
+from llm_jax import checkpoint, model_card
+from llm_jax.card import Card
 from llm_jax.data.tokenizer import Tokenizer
 from llm_jax.errors import CheckpointError, choose
 from llm_jax.interop import families, names, tensor_files
@@ -40,8 +41,9 @@ def save(
     dtype: str | None = None,
     shard_size: int = 5 * 10**9,
     family: str | None = None,
+    ancestors: Sequence[Card] = (),
 ) -> None:
-    """Write a model as a directory that transformers' `from_pretrained` reads: config.json, weights and tokenizer.
+    """Write a model as a directory that transformers' `from_pretrained` reads: config.json, weights, tokenizer and README.md.
 
     Where all families that might take the model tie the size of a head to the width, one that lost heads is filled up with heads of zeros, which
     add nothing, and that is logged. What the card names as pruned stands in config.json, under llm_jax, so that zeros are still masks when the
@@ -52,6 +54,7 @@ def save(
         dtype: float32, bfloat16 or float16; by default that in which an imported model was stored, else float32.
         shard_size: bytes of a file of weights at most.
         family: a `model_type`; by default that of an imported model, else the first that has such a model.
+        ancestors: cards of what the model was made of, the nearest first, for README.md.
 
     Raises:
         CheckpointError: the folder holds something, the disk is full, or no family has such a model.
@@ -94,6 +97,9 @@ def save(
             model.tokenizer.save(unfinished)
             _write_json(unfinished / "tokenizer_config.json", tokenizer_config(model.tokenizer, model.config))
         tensor_files.write_folder(unfinished, items, shard_size)
+        made = (stated["architectures"][0], chosen.name)
+        about = model_card.readme(path.name, model.card, model.config, model.tokenizer, *made, ancestors)
+        (unfinished / "README.md").write_text(about, encoding="utf-8")
         _write_json(unfinished / "config.json", stated)
         if unfinished != path:
             unfinished.rename(path)

@@ -1,0 +1,95 @@
+"""Documents as the tests of drift see them: what a model makes of each, its tokens, and its runs of characters."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import scipy.sparse
+
+from llm_jax.config import Batch, Data
+from llm_jax.data.tokenizer import Tokenizer
+from llm_jax.errors import DataError
+from llm_jax.lifecycle import two_samples
+from llm_jax.lifecycle.scored import Scored, score_documents
+from llm_jax.model import Model
+
+LEAST = 10
+"""Documents of a side"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Sample:
+    """N documents as the tests see them."""
+
+    scored: Scored
+    tokens: Any
+    """(N, V) sparse: times of each token"""
+    grams: Any
+    """(N, two_samples.BUCKETS) sparse: times of each hashed run of characters of the text's beginning"""
+
+    def __len__(self) -> int:
+        return len(self.scored)
+
+    def __getitem__(self, chosen: np.ndarray) -> "Sample":
+        """The documents at these places."""
+        return Sample(self.scored[chosen], self.tokens[chosen], self.grams[chosen])
+
+
+def join(*samples: Sample) -> Sample:
+    """The documents of several samples, one after the other."""
+    scored = [sample.scored for sample in samples]
+    answers = [s.correct for s in scored if s.correct is not None]
+    joined = Scored(
+        [record for s in scored for record in s.records],
+        np.concatenate([s.loss for s in scored]),
+        np.concatenate([s.weight for s in scored]),
+        np.concatenate([s.bytes for s in scored]),
+        np.concatenate(answers) if len(answers) == len(scored) else None,
+    )
+    tokens, grams = (scipy.sparse.vstack([getattr(s, name) for s in samples], "csr") for name in ("tokens", "grams"))
+    return Sample(joined, tokens, grams)
+
+
+def describe(scored: Scored, tokenizer: Tokenizer, data: Data, characters: int) -> Sample:
+    """The documents with their tokens, and the runs of characters of their first so many characters."""
+    fields = (data.text, data.target)
+    texts = ["\n".join(r[name] for name in fields if isinstance(r.get(name), str)) for r in scored.records]
+    counts = [np.unique(tokenizer.encode(text), return_counts=True) for text in texts]
+    ends = np.cumsum([0, *(len(found) for found, _ in counts)])
+    indices, times = (np.concatenate(each) for each in zip(*counts))
+    tokens = scipy.sparse.csr_array((times, indices, ends), (len(texts), tokenizer.vocab_size))
+    return Sample(scored, tokens, two_samples.grams([text[:characters] for text in texts]))
+
+
+def _fresh(data: Data, sources: tuple[str, ...]) -> Data:
+    """The data whose held-out documents are those of these sources that a run on the data was not trained on."""
+    if data.heldout and not data.heldout_sources and set(sources) <= set(data.sources):
+        return dataclasses.replace(data, sources=sources, weights=())
+    return dataclasses.replace(data, heldout_sources=sources, group="")
+
+
+def measure(
+    loaded: Model, task: Any, data: Data, batch: Batch, old: Sequence[str], new: Sequence[str]
+) -> tuple[Sample, Sample]:
+    """The documents of the sources old and of the sources new as a model finds them.
+
+    Of a source that the model was trained on, by the name that its run has for it, those that were held out: of others it remembers something.
+
+    Raises:
+        UserError: as `score_documents`; DataError: fewer than 10 documents on a side.
+    """
+    sides = []
+    for name, sources in (("old", old), ("new", new)):
+        sides.append(score_documents(loaded, task, _fresh(data, tuple(sources)), batch))
+        if len(sides[-1]) < LEAST:
+            raise DataError(
+                f"{name} has {len(sides[-1])} documents, drift needs {LEAST} of each: it is documents that are compared; "
+                "cut long ones into pieces"
+            )
+    assert loaded.tokenizer is not None
+    # As many characters of a document on both sides, so that its length is not what the classifier sees.
+    lengths = [[len(r[data.text]) for r in scored.records if isinstance(r.get(data.text), str)] for scored in sides]
+    characters = int(np.clip(min(np.quantile(each, 0.25) if each else 0 for each in lengths), 100, 2000))
+    first, second = (describe(scored, loaded.tokenizer, data, characters) for scored in sides)
+    return first, second

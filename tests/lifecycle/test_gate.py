@@ -1,0 +1,219 @@
+"""A gate on real models: what passes, what is refused and why, what is on file afterwards, and what a user sees."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from llm_jax import cli, model
+from llm_jax.config import Batch, Data
+from llm_jax.errors import ConfigError, UserError
+from llm_jax.lifecycle import gate as gates
+from llm_jax.lifecycle.registry import Registry
+from llm_jax.lifecycle.scored import score_documents
+from llm_jax.lifecycle.suite import Check, Limits, Suite, load_suite
+from llm_jax.models import transformer
+from llm_jax.models.config import ModelConfig
+from llm_jax.tasks import Classification, NextToken
+
+SIZES = ModelConfig(vocab_size=512, max_length=64, layers=2, dim=32, heads=2)
+
+
+def noisy(params: Any, share: float, seed: int) -> Any:
+    """Weights with noise of a share of their own spread."""
+    leaves, tree = jax.tree.flatten(params)
+    keys = jax.random.split(jax.random.key(seed), len(leaves))
+    return tree.unflatten(
+        [x + share * jnp.std(x) * jax.random.normal(k, x.shape, x.dtype) for x, k in zip(leaves, keys)]
+    )
+
+
+@pytest.fixture(scope="module")
+def saved(tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Checkpoints: a model, one nearly like it, a damaged one, and one of twice the layers."""
+    folder = tmp_path_factory.mktemp("gated")
+    params = transformer.init(SIZES, jax.random.key(0))
+    sizes = SIZES.replace(vocab_size=512)
+    for name, made in (("old", params), ("near", noisy(params, 0.01, 1)), ("damaged", noisy(params, 30.0, 2))):
+        model.save(model.Model(sizes, made, tokenizer), folder / name)
+    deep = sizes.replace(layers=4)
+    model.save(model.Model(deep, transformer.init(deep, jax.random.key(0)), tokenizer), folder / "deep")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def suite(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Suite:
+    """A check on the corpus' paragraphs, by the address that they are of."""
+    folder = tmp_path_factory.mktemp("suite")
+    lines = []
+    for path in sorted(corpus.glob("*.txt"))[:12]:
+        text = path.read_text()
+        for i in range(0, 2400, 300):
+            lines.append(
+                json.dumps({"text": text[i : i + 300], "address": path.stem, "half": "a" if path.stem < "06" else "b"})
+            )
+    (folder / "paragraphs.jsonl").write_text("\n".join(lines))
+    data = Data(sources=(f"jsonl:{folder}/paragraphs.jsonl",), heldout_sources=(f"jsonl:{folder}/paragraphs.jsonl",))
+    check = Check("text", NextToken(), data, 0.05, batch=Batch(size=8, length=64), slices=("half",), group="address")
+    return Suite((check,))
+
+
+def test_the_same_model_passes(saved: Path, suite: Suite):
+    verdict = gates.gate(str(saved / "old"), str(saved / "old"), suite)
+    (row,) = verdict["rows"]
+    assert verdict["passed"] and (row["difference"], row["low"], row["high"]) == (0, 0, 0)
+    assert (row["documents"], row["groups"]) == (96, 12)
+    assert [x["slice"] for x in verdict["slices"]] == ["half=a", "half=b"]
+    assert verdict["candidate"] == verdict["incumbent"] == model.load(saved / "old").card["hashes"]["params"]
+
+
+def test_the_figures_are_those_of_the_documents(saved: Path, suite: Suite):
+    """Incumbent and candidate by the sums over documents; the difference is theirs."""
+    verdict = gates.gate(str(saved / "near"), str(saved / "old"), suite)
+    (row,), check = verdict["rows"], suite.checks[0]
+    means = [
+        score_documents(model.load(saved / name), check.task, check.data, check.batch).mean for name in ("old", "near")
+    ]
+    assert (row["incumbent"], row["candidate"]) == pytest.approx(means)
+    assert row["difference"] == pytest.approx(means[1] - means[0], abs=1e-6)
+    assert verdict["passed"] and row["low"] < row["difference"] < row["high"] < 0.05
+
+
+def test_a_damaged_model_is_refused(saved: Path, suite: Suite):
+    verdict = gates.gate(str(saved / "damaged"), str(saved / "old"), suite)
+    assert not verdict["passed"]
+    assert any(reason.startswith("text: worse by +") and "margin 0.05" in reason for reason in verdict["reasons"])
+    lost = [x for x in verdict["slices"] if not x["passed"]]
+    assert lost and lost[0]["documents"] == 48 and lost[0]["reason"] in verdict["reasons"]
+    flips = verdict["flips"]["text"]
+    rises = [x["candidate"] - x["incumbent"] for x in flips["examples"]]
+    assert flips["worse"] > 60 and len(rises) == gates.FLIPS and rises == sorted(rises, reverse=True)
+    told = gates.told(verdict)
+    assert "REFUSED" in told and flips["examples"][0]["id"] in told
+
+
+def test_a_slice_that_lost_is_not_hidden_by_the_average(saved: Path, suite: Suite, monkeypatch: pytest.MonkeyPatch):
+    """Half of the documents lose what the others gain."""
+    real = gates.score_documents
+    loaded = model.load(saved / "near")
+
+    def other(given, *arguments):
+        found = real(given, *arguments)
+        if given.card["hashes"] != loaded.card["hashes"]:
+            return found
+        sign = np.array([1.0 if record["half"] == "b" else -1.0 for record in found.records])
+        return dataclasses.replace(found, loss=found.loss + 0.4 * sign * found.weight)
+
+    monkeypatch.setattr(gates, "score_documents", other)
+    wide = dataclasses.replace(suite, checks=(dataclasses.replace(suite.checks[0], margin=0.35, slice_margin=0.2),))
+    verdict = gates.gate(str(saved / "near"), str(saved / "old"), wide)
+    assert verdict["rows"][0]["passed"] and not verdict["passed"]
+    assert [x["slice"] for x in verdict["slices"] if not x["passed"]] == ["half=b"]
+    assert verdict["reasons"][0].startswith("text, half=b: 48 documents lost 0.")
+
+
+def test_what_cannot_be_told_says_how_much_would_tell(saved: Path, suite: Suite):
+    tight = dataclasses.replace(suite, checks=(dataclasses.replace(suite.checks[0], margin=1e-4, slices=()),))
+    verdicts = [gates.gate(str(saved / a), str(saved / b), tight) for a, b in (("near", "old"), ("old", "near"))]
+    worse = next(v for v in verdicts if v["rows"][0]["difference"] > 0)  # one of the two is
+    (row,), (reason,) = worse["rows"], worse["reasons"]
+    assert reason.startswith("text: worse by +")
+    if row["low"] < 1e-4:
+        assert "a loss of that size is not excluded" in reason
+
+
+def test_limits(saved: Path, suite: Suite):
+    """Twice the layers are larger, take more memory and have more parameters; the same sizes are within what noise asks for."""
+    limited = dataclasses.replace(
+        suite, limits=Limits(size=1.1, latency=1.5, memory=1.01, parameters=1e4, rows=8, length=64)
+    )
+    verdict = gates.gate(str(saved / "deep"), str(saved / "old"), limited)
+    found = {x["name"]: x for x in verdict["limits"]}
+    sizes = [sum(x.nbytes for x in jax.tree.leaves(model.load(saved / name).params)) for name in ("deep", "old")]
+    assert found["size"]["value"] == pytest.approx(sizes[0] / sizes[1]) and not found["size"]["passed"]
+    assert found["latency"]["value"] > 1.2 and not found["memory"]["passed"] and not found["parameters"]["passed"]
+    assert any(reason.startswith("size: ") for reason in verdict["reasons"])
+
+
+def test_without_an_incumbent_bounds_are_judged(saved: Path, suite: Suite):
+    check = suite.checks[0]
+    for bound, passed in ((7.0, True), (5.0, False)):
+        bounded = dataclasses.replace(suite, checks=(dataclasses.replace(check, bound=bound),))
+        verdict = gates.gate(str(saved / "old"), None, bounded)
+        assert verdict["incumbent"] is None and verdict["passed"] == passed
+
+
+def test_the_command_and_what_it_leaves(
+    saved: Path, suite: Suite, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch
+):
+    """Status 0 and 1; the verdict is on file, and `promote` goes by it."""
+    monkeypatch.chdir(tmp_path)
+    (source,) = suite.checks[0].data.heldout_sources
+    (tmp_path / "suite.py").write_text(
+        "from llm_jax.config import Batch, Data\nfrom llm_jax.lifecycle.suite import Check, Suite\nfrom llm_jax.tasks import NextToken\n"
+        f"def get_suite():\n    data = Data(sources=({source!r},), heldout_sources=({source!r},))\n"
+        "    return Suite((Check('text', NextToken(), data, 0.05, batch=Batch(size=8, length=64), group='address', bound=7.0),))\n"
+    )
+    old, near, damaged = (str(saved / name) for name in ("old", "near", "damaged"))
+    assert cli.main(["promote", "production", old]) == 2
+    assert "was never gated" in capsys.readouterr().err
+    assert cli.main(["gate", old, "--suite=suite.py"]) == 0
+    assert cli.main(["promote", "production", old]) == 0
+    capsys.readouterr()
+    assert cli.main(["gate", damaged, "--against=registry:production", "--suite=suite.py", "--json"]) == 1
+    said = capsys.readouterr()
+    verdict = json.loads(said.out)
+    assert said.err == f"gate {verdict['id']} refused {damaged}\n"
+    assert cli.main(["promote", "production", damaged]) == 2
+    assert f"was refused by gate {verdict['id']}" in capsys.readouterr().err
+    assert cli.main(["gate", near, "--against=registry:production", "--suite=suite.py"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "passed"
+    assert cli.main(["promote", "production", near]) == 0
+    registry = Registry("registry")
+    assert [x["passed"] for x in registry.gates()] == [True, False, True]
+    assert registry.resolve("production").hash == registry.gates()[-1]["candidate"]
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Check("a", NextToken(), Data(), 0.0), "check.margin of 'a' is 0.0: it must be above 0"),
+        (lambda: Check("a", NextToken(), Data(), 0.1, metric="f1"), "unknown check.metric 'f1'"),
+        (lambda: Suite(()), "there must be one"),
+        (lambda: Suite((Check("a", NextToken(), Data(), 1.0),) * 2), "a name of its own"),
+        (lambda: Suite((Check("a", NextToken(), Data(), 1.0),), level=2.0), r"suite.level is 2.0"),
+        (lambda: Limits(latency=-1.0), "limits.latency is -1.0"),
+    ],
+)
+def test_suites_that_cannot_be(make, message: str):
+    with pytest.raises(ConfigError, match=message):
+        make()
+
+
+def test_suite_files(tmp_path: Path):
+    for path in Path("configs/suites").glob("*.py"):
+        suite = load_suite(path)
+        assert len(suite.fingerprint()) == 64 and suite.fingerprint() == load_suite(path).fingerprint()
+    (tmp_path / "a.py").write_text("def get_suit(): return 1")
+    with pytest.raises(ConfigError, match=r"a.py has no function get_suite\(\)"):
+        load_suite(tmp_path / "a.py")
+    (tmp_path / "b.py").write_text("def get_suite(): return 1")
+    with pytest.raises(ConfigError, match="returned a int, not a llm_jax.lifecycle.suite.Suite"):
+        load_suite(tmp_path / "b.py")
+
+
+def test_checks_that_do_not_fit_the_models(saved: Path, suite: Suite):
+    check = suite.checks[0]
+    for changes, message in (
+        (dict(metric="accuracy"), "a task without classes has no accuracy"),
+        (dict(slices=("film",)), "no field 'film' to slice by; it has"),
+        (dict(task=Classification(labels=("a", "b"))), "head"),
+    ):
+        wrong = Suite((dataclasses.replace(check, **changes),))
+        with pytest.raises(UserError, match=message):
+            gates.gate(str(saved / "near"), str(saved / "old"), wrong)

@@ -1,0 +1,169 @@
+"""The whole loop: left where nothing drifted, trained, gated, promoted or refused; killed anywhere and called again, each stage is done once."""
+
+import dataclasses
+import fcntl
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from llm_jax import cli
+from llm_jax.config import Batch, Data, Eval, Optimizer, Run, Schedule
+from llm_jax.lifecycle import update as updates
+from llm_jax.lifecycle.registry import Registry
+from llm_jax.loop import train
+from llm_jax.models.config import ModelConfig
+from llm_jax.tasks import NextToken
+
+
+def words(kind: str, count: int) -> list[str]:
+    """Documents of a language of numbers: counting up, or counting down."""
+    made = []
+    for i in range(count):
+        numbers = [(7 * i + k) % 50 for k in range(12)]
+        made.append(" ".join(str(n) for n in (numbers if kind == "up" else reversed(numbers))))
+    return made
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Texts that count up and down, a model of the former, and a suite that lets a model lose nothing of the latter but all of the former."""
+    folder = tmp_path_factory.mktemp("world")
+    for kind in ("up", "down"):
+        rows = [json.dumps({"id": f"{kind}{i}", "text": text}) for i, text in enumerate(words(kind, 120))]
+        (folder / f"{kind}.jsonl").write_text("\n".join(rows))
+    train(recipe(folder, steps=60, start="fresh", workdir=str(folder / "base"), name="base"))
+    for name, margin in (("loose", 50.0), ("strict", 1e-6)):
+        (folder / f"{name}.py").write_text(
+            "from llm_jax.config import Batch, Data\nfrom llm_jax.lifecycle.suite import Check, Suite\nfrom llm_jax.tasks import NextToken\n"
+            "def check(kind, margin):\n"
+            f"    data = Data(sources=(f'jsonl:{folder}/{{kind}}.jsonl',), heldout=0.25)\n"
+            "    return Check(kind, NextToken(), data, margin, batch=Batch(size=8, length=64))\n"
+            f"def get_suite(): return Suite((check('up', {margin}), check('down', 0.01)))\n"
+        )
+    return folder
+
+
+def recipe(folder: Path, **changes) -> Run:
+    run = Run(
+        model=ModelConfig(vocab_size=300, max_length=64, layers=1, dim=32, heads=2),
+        task=NextToken(),
+        data=Data(sources=(source(folder, "up"),), tokenizer="bpe:300", heldout=0.25, window=64),
+        optimizer=Optimizer(learning_rate=1e-2),
+        schedule=Schedule(name="linear", warmup=4, final=0.0),
+        steps=20,
+        batch=Batch(size=8, length=64),
+        eval=Eval(every=0),
+    )
+    return dataclasses.replace(run, **changes)
+
+
+def source(folder: Path, kind: str) -> str:
+    return f"jsonl:{folder}/{kind}.jsonl"
+
+
+@pytest.fixture
+def registry(world: Path, tmp_path: Path) -> Registry:
+    made = Registry(tmp_path / "registry")
+    made.promote("production", world / "base", force=True, why="the first")
+    return made
+
+
+def call(world: Path, registry: Registry, new: str = "down", suite: str = "loose", **changes) -> updates.Updated:
+    run = recipe(world, **changes)
+    return updates.update(
+        "production", run, source(world, "up"), source(world, new), str(world / f"{suite}.py"), 0.25, registry
+    )
+
+
+def test_nothing_drifted(world: Path, registry: Registry):
+    found = call(world, registry, new="up")
+    assert (found.outcome, found.status) == ("left", 0) and set(found.stages) == {"asked", "drift"}
+    assert registry.resolve("production").entry["why"] == "the first"
+
+
+def test_promoted_and_called_again(world: Path, registry: Registry, monkeypatch: pytest.MonkeyPatch):
+    """The update is promoted; at every stage a kill loses nothing, and the same call later finds its answer without training."""
+    first = registry.resolve("production").hash
+    before: dict[str, Callable] = {name: getattr(updates, name) for name in ("_trained", "_gated", "_promoted")}
+    calls = []
+
+    def killed(name: str) -> Callable:
+        def once(*arguments):
+            calls.append(name)
+            if calls.count(name) == 1:
+                if name == "_promoted":  # after the move, before it is noted
+                    before[name](*arguments)
+                raise KeyboardInterrupt
+            return before[name](*arguments)
+
+        return once
+
+    for name in before:
+        monkeypatch.setattr(updates, name, killed(name))
+    changes = dict(steps=20)
+    monkeypatch.setattr(updates.drifts, "drift", lambda *a: Verdict("update", "it counts down"))
+    for _ in before:
+        with pytest.raises(KeyboardInterrupt):
+            call(world, registry, **changes)
+    found = call(world, registry, **changes)
+    assert (found.outcome, found.status) == ("promoted", 0)
+    assert calls == ["_trained", "_trained", "_gated", "_gated", "_promoted", "_promoted"]
+    assert [move["action"] for move in registry.history("production")] == ["promote", "promote"]  # moved once
+    now = registry.resolve("production")
+    assert (
+        now.entry["from"] == first
+        and now.entry["why"] == "update: it counts down"
+        and now.entry["gate"] == found.stages["gate"]["id"]
+    )
+    assert found.stages["gate"]["rows"][1]["difference"] < -0.1  # it learned to count down
+    assert call(world, registry, **changes) == found and len(calls) == 6  # cron calls again: nothing is done twice
+
+
+@dataclasses.dataclass(frozen=True)
+class Verdict:
+    """What the update reads of a drift."""
+
+    verdict: str
+    why: str
+
+
+def test_drift_is_found_and_a_gate_refuses(world: Path, registry: Registry):
+    """The real drift of counting down, and a suite that allows no forgetting: trained, refused, and not trained again."""
+    found = call(world, registry, suite="strict", steps=6)
+    assert found.stages["drift"]["verdict"] in ("update", "retrain")
+    if found.outcome == "retrain":  # told apart by a threshold, not by this test
+        assert found.status == 1 and set(found.stages) == {"asked", "drift"}
+        return
+    assert (found.outcome, found.status) == ("refused", 1) and "up: worse by" in found.why
+    again = call(world, registry, suite="strict", steps=6)
+    assert again == found and len(registry.gates()) == 1
+    assert registry.resolve("production").entry["why"] == "the first"
+
+
+def test_two_at_once(world: Path, registry: Registry):
+    lock = registry.folder / "updates" / "production.lock"
+    lock.parent.mkdir(parents=True)
+    with lock.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with pytest.raises(updates.BusyError, match="another update of 'production' is under way"):
+            call(world, registry)
+
+
+def test_the_command(
+    world: Path, registry: Registry, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+):
+    """Status 0 where nothing drifted; 2 and one line for what is wrong."""
+    monkeypatch.setenv("LLM_JAX_REGISTRY", str(registry.folder))
+    (tmp_path / "recipe.py").write_text(
+        "from llm_jax.config import *\nfrom llm_jax.tasks import NextToken\n"
+        "def get_config(): return Run(task=NextToken(), data=Data(heldout=0.25), steps=4, batch=Batch(size=8, length=64))\n"
+    )
+    common = [f"--config={tmp_path}/recipe.py", f"--old={source(world, 'up')}", f"--new={source(world, 'up')}"]
+    assert cli.main(["update", "production", *common, f"--suite={world}/loose.py", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["outcome"] == "left"
+    assert cli.main(["update", "staging", *common, f"--suite={world}/loose.py"]) == 2
+    assert "'staging'" in capsys.readouterr().err
+    assert cli.main(["update", "production", *common, f"--suite={world}/none.py"]) == 2
+    assert "no config file" in capsys.readouterr().err
