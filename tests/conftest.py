@@ -32,6 +32,9 @@ LONG = re.compile(
         (
             r"test_accumulate.py::test_memory_is_that_of_a_slice",
             r"test_classification.py::test_(packed_texts_are|the_probabilities_of|new_head_keeps|class_weights_count)",
+            r"test_advise.py::test_an_advice",
+            r"test_update.py::test_(promoted|drift|nothing)",
+            r"test_gate.py::test_(limits|a_slice|what_cannot|checks_that)",
             r"test_cost.py::test_(the_command|two_streams)",
             r"test_distil.py::test_(divergence_with_the_others.*1656|slices_of_a_batch|models_of_other_width|on_a_mesh)",
             r"test_generation.py::test_(greedy_decoding.*(gpt2|t5)|a_row_does_not)",

@@ -135,7 +135,9 @@ def test_what_did_not_pass_is_refused(registry: Registry, made: dict[str, Path])
     registry.record_gate(verdict(a, None))
     registry.promote("production", first)
     assert not (registry.folder / "models" / b[:16]).exists()
-    refused(second, rf"never gated, .* stands at {a[:16]}: {command} .*model1 --against=registry:production --suite=FILE")
+    refused(
+        second, rf"never gated, .* stands at {a[:16]}: {command} .*model1 --against=registry:production --suite=FILE"
+    )
     bad = registry.record_gate(verdict(b, a, False, "loss on old rose by 3%", "class 2 fell"))
     refused(second, rf"refused by gate {bad}: loss on old rose by 3%; class 2 fell\. Mend it")
     registry.record_gate(verdict(b, None))  # passed, but against nothing
