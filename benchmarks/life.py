@@ -84,7 +84,7 @@ def live(registry: Registry) -> dict[str, bool]:
     change = (shrink(layers=(0, 3)), distil(str(here.path), soft=0.5, task=0.5))
     passed["distilled"] = judged(registry, made("distilled", on(str(here.path), *both, 240, 0.02, transforms=change)))
     passed["newest only"] = judged(
-        registry, made("newest-only", on(str(here.path), (NEWEST, OLD), (1.0, 0.0), 120, 0.05))
+        registry, made("newest-only", on(str(here.path), (NEWS, OLD), (1.0, 0.0), 120, 0.05))
     )
     return passed
 

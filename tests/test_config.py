@@ -212,9 +212,18 @@ RECORDS = [
     (lambda: Data(window=0), "data.window is 0: it must be at least 1"),
     (lambda: Data(workers=-1), "data.workers is -1: it must be at least 0"),
     (lambda: Data(sources=("a",), weights=(1.0, 2.0)), "data.weights has 2 values for 1 data.sources"),
-    (lambda: Data(sources=("a", "b"), weights=(1.0, -1.0)), "data.weights are (1.0, -1.0): none may be below 0, and one must be above it"),
-    (lambda: Data(sources=("a",), weights=(0.0,)), "data.weights are (0.0,): none may be below 0, and one must be above it"),
-    (lambda: Data(sources=("a",), weights=(float("nan"),)), "data.weights are (nan,): none may be below 0, and one must be above it"),
+    (
+        lambda: Data(sources=("a", "b"), weights=(1.0, -1.0)),
+        "data.weights are (1.0, -1.0): none may be below 0, and one must be above it",
+    ),
+    (
+        lambda: Data(sources=("a",), weights=(0.0,)),
+        "data.weights are (0.0,): none may be below 0, and one must be above it",
+    ),
+    (
+        lambda: Data(sources=("a",), weights=(float("nan"),)),
+        "data.weights are (nan,): none may be below 0, and one must be above it",
+    ),
     (lambda: Data(buckets=(8, 4)), "data.buckets are (8, 4): they must be positive and increasing"),
     (lambda: Data(buckets=(8, 8)), "data.buckets are (8, 8): they must be positive and increasing"),
     (lambda: Data(buckets=(0, 8)), "data.buckets are (0, 8): they must be positive and increasing"),

@@ -102,10 +102,11 @@ def _drift(arguments: Sequence[str]) -> None:
     parser.add_argument("--old", action="append", required=True, help="source of known documents; may be repeated")
     parser.add_argument("--new", action="append", required=True, help="source of what came since; may be repeated")
     parser.add_argument("--slice", default="", help="field to show the loss by, e.g. date, a domain, or source")
+    parser.add_argument("--group", default="", help="field whose equal values make pieces one document: of one text")
     options = parser.parse_args(arguments)
     from llm_jax.lifecycle.drift import drift
 
-    found = drift(options.model, options.old, options.new, options.slice)
+    found = drift(options.model, options.old, options.new, options.slice, options.group)
     report(dataclasses.asdict(found), str(found), options.json)
 
 

@@ -18,8 +18,11 @@ from llm_jax import model
 from llm_jax.errors import CheckpointError, DataError, choose
 from llm_jax.evaluate import saved_run
 from llm_jax.lifecycle import two_samples
-from llm_jax.lifecycle.sampled import Sample, measure
+from llm_jax.lifecycle.sampled import Sample, measure, together
 from llm_jax.lifecycle.two_samples import Estimate
+
+LEAST = 10
+"""Documents of a side"""
 
 SLICES = 25
 """Values of a field that are told apart, at most"""
@@ -125,7 +128,9 @@ class Drift:
         )
 
 
-def drift(path: str, old: Sequence[str], new: Sequence[str], by: str = "", limits: Limits = Limits()) -> Drift:
+def drift(
+    path: str, old: Sequence[str], new: Sequence[str], by: str = "", group: str = "", limits: Limits = Limits()
+) -> Drift:
     """`measure` and `judge` by the model at a path, whose card tells its task, how it reads and its rows.
 
     Raises:
@@ -134,34 +139,47 @@ def drift(path: str, old: Sequence[str], new: Sequence[str], by: str = "", limit
     loaded = model.load(path)
     if "config" not in loaded.card:
         raise CheckpointError(f"the card of {path} names no run, so its task is not known")
-    return judge(*measure(loaded, *saved_run(loaded.card, path), old, new), by, limits)
+    return judge(*measure(loaded, *saved_run(loaded.card, path), old, new), by, group, limits)
 
 
-def judge(old: Sample, new: Sample, by: str = "", limits: Limits = Limits()) -> Drift:
-    """The verdict on two samples, their slices by the field `by`, and each test that led to it. Pure: the same samples give the same."""
+def judge(old: Sample, new: Sample, by: str = "", group: str = "", limits: Limits = Limits()) -> Drift:
+    """The verdict on two samples, their slices by the field `by`, and each test that led to it. Pure: the same samples give the same.
+
+    Documents that share the value of the field `group` count as one: they are not independent.
+
+    Raises:
+        DataError: a field that is not there, or fewer than 10 documents on a side.
+    """
     whole = _predicts_all(old) and _predicts_all(new)
-    change, found = _compare(old, new, whole, limits)
+    units = [together(sample, group) if group else sample for sample in (old, new)]
+    for name, sample in zip(("old", "new"), units):
+        if len(sample) < LEAST:
+            raise DataError(
+                f"{name} has {len(sample)} {f'values of {group!r}' if group else 'documents'}, drift needs {LEAST} of each: "
+                "it is these that are compared, however long they are"
+            )
+    change, found = _compare(units[0], units[1], whole, limits)
     corrected = two_samples.holm([test.p for test in found])
     tests = tuple(
         dataclasses.replace(test, corrected=p, matters=p <= limits.level and test.value >= test.limit)
         for test, p in zip(found, corrected)
     )
     verdict, why = _verdict({test.name: test for test in tests}, old.scored.correct is not None, limits)
-    return Drift(verdict, why, change, _unseen(old, new), tests, _slices(old, new, by, whole))
+    return Drift(verdict, why, change, _unseen(old, new), tests, _slices(old, new, by, group, whole))
 
 
 def _compare(old: Sample, new: Sample, whole: bool, limits: Limits) -> tuple[Estimate, list[Test]]:
     """The difference of the losses, and all tests, not corrected yet."""
     a, b = (_losses(sample, whole) for sample in (old, new))
     change, loss_p = two_samples.difference(a, b)
-    hard, due, hard_p = two_samples.beyond(a[0] / a[1], b[0] / b[1])
+    hard, due, hard_p = two_samples.beyond(a[0] / np.maximum(a[1], 1), b[0] / np.maximum(b[1], 1))
     fit, fit_p = _fit(old, new)
     labels = two_samples.permutations(len(old), len(new), limits.permutations, limits.seed)
     shifts = two_samples.divergences(scipy.sparse.vstack([old.tokens, new.tokens], "csr"), labels)
     chance = float(shifts[1:].mean())
     areas = _areas(old, new, limits)
     apart = scipy.stats.ks_2samp(old.scored.bytes, new.scored.bytes)
-    before = a[0].sum() / a[1].sum()
+    before = max(a[0].sum() / a[1].sum(), 1e-12)
     unit = "bits a byte" if whole else "nats"
 
     def test(name: str, what: str, value: Any, null: float, limit: float, p: Any) -> Test:
@@ -226,25 +244,25 @@ def _verdict(tests: dict[str, Test], classes: bool, limits: Limits) -> tuple[str
     return "update", f"{reason}; the tokenizer still serves and the model can start from what it knows"
 
 
-def _slices(old: Sample, new: Sample, by: str, whole: bool) -> tuple[Slice, ...]:
+def _slices(old: Sample, new: Sample, by: str, group: str, whole: bool) -> tuple[Slice, ...]:
     """Both sides whole, and then by the values of the field."""
-    found = [_slice("old", "all", old, whole), _slice("new", "all", new, whole)]
+    found = [_slice("old", "all", old, group, whole), _slice("new", "all", new, group, whole)]
     if by:
         names = _names([*old.scored.records, *new.scored.records], by)
         for side, sample, own in (("old", old, names[: len(old)]), ("new", new, names[len(old) :])):
-            found += [_slice(side, name, sample[own == name], whole) for name in sorted(set(own))]
+            found += [_slice(side, name, sample[own == name], group, whole) for name in sorted(set(own))]
     return tuple(found)
 
 
-def _slice(side: str, name: str, sample: Sample, whole: bool) -> Slice:
-    scored = sample.scored
+def _slice(side: str, name: str, sample: Sample, group: str, whole: bool) -> Slice:
+    scored = (together(sample, group) if group else sample).scored
     return Slice(
         side,
         name,
         len(sample),
         two_samples.ratio(scored.loss, scored.weight),
         two_samples.ratio(scored.loss / np.log(2), scored.bytes) if whole else None,
-        None if scored.correct is None else two_samples.ratio(scored.correct, np.ones(len(sample))),
+        None if scored.correct is None else two_samples.ratio(scored.correct, scored.weight),
     )
 
 

@@ -10,6 +10,7 @@ import datetime
 import hashlib
 import json
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -19,8 +20,8 @@ from llm_jax import cost, model, tree
 from llm_jax.card import content_hash
 from llm_jax.errors import UserError
 from llm_jax.lifecycle.paired import Paired, compare
-from llm_jax.lifecycle.scored import Scored, score_documents
-from llm_jax.lifecycle.suite import UNITS, Check, Limits, Suite
+from llm_jax.lifecycle.scored import Scored
+from llm_jax.lifecycle.suite import Check, Harness, Limits, Suite
 from llm_jax.lifecycle.two_samples import holm
 from llm_jax.model import Model
 
@@ -45,16 +46,15 @@ def gate(candidate: str, incumbent: str | None, suite: Suite) -> dict[str, Any]:
     """
     new = model.load(candidate)
     old = None if incumbent is None else model.load(incumbent)
-    rows, slices, flips = [], [], {}
+    pairs = []
     for check in suite.checks:
-        after = score_documents(new, check.task, check.data, check.batch)
-        before = None if old is None else score_documents(old, check.task, check.data, check.batch)
-        if before is not None:
-            _check_same(check, old, new, before, after)
-            slices += _slices(check, before, after)
-            flips[check.name] = _flips(check, before, after)
-        rows.append(_row(check, before, after, suite.level))
-    _judge_slices(slices, suite.level)
+        after = check.score(new)
+        before = None if old is None else check.score(old)
+        if old is not None and before is not None:
+            check.same_units(after, old, new)
+            _check_same(check, before, after)
+        pairs.append((before, after))
+    rows, slices, flips = judge(suite, pairs)
     limits = _limits(suite.limits, old, new)
     reasons = [x["reason"] for x in (*rows, *slices, *limits) if not x["passed"]]
     verdict = {
@@ -74,35 +74,34 @@ def gate(candidate: str, incumbent: str | None, suite: Suite) -> dict[str, Any]:
     return {"id": identity, **verdict}
 
 
+def judge(
+    suite: Suite, pairs: Sequence[tuple[Scored | None, Scored]]
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]], dict[str, Any]]:
+    """The verdicts on checks and slices, and what flipped, by what incumbent and candidate made of each check's documents."""
+    rows, slices, flips = [], [], {}
+    for check, (before, after) in zip(suite.checks, pairs, strict=True):
+        rows.append(_row(check, before, after, suite.level))
+        if "difference" in rows[-1]:
+            assert before is not None
+            slices += _slices(check, before, after)
+            flips[check.name] = _flips(check, before, after)
+    _judge_slices(slices, suite.level)
+    return rows, slices, flips
+
+
 def _hash(loaded: Model) -> str:
     return loaded.card.get("hashes", {}).get("params") or content_hash(loaded.params)
 
 
-def _check_same(check: Check, old: Model | None, new: Model, before: Scored, after: Scored) -> None:
-    """Raise unless the two figures can be paired."""
-    assert old is not None and old.tokenizer is not None and new.tokenizer is not None
-    if check.metric == "loss" and after.correct is None and old.tokenizer.fingerprint != new.tokenizer.fingerprint:
-        raise UserError(
-            f"check {check.name!r}: the models have different tokenizers, so that losses a token differ: metric='bits'"
-        )
+def _check_same(check: Check | Harness, before: Scored, after: Scored) -> None:
+    """Raise unless the figures are of the same documents."""
     ids = [[str(record["id"]) for record in side.records] for side in (before, after)]
     if ids[0] != ids[1]:
         odd = sorted(set(ids[0]) ^ set(ids[1]))
         raise UserError(f"check {check.name!r}: {odd[0] if odd else 'a document'} is read by one of the models alone")
 
 
-def _figures(check: Check, scored: Scored) -> tuple[np.ndarray, np.ndarray]:
-    """(N,) the metric of each document, and its weight in the mean."""
-    if check.metric == "accuracy":
-        if scored.correct is None:
-            raise UserError(f"check {check.name!r}: a task without classes has no accuracy: metric='loss'")
-        return scored.correct, np.ones(len(scored))
-    if check.metric == "bits":
-        return scored.loss / math.log(2) / scored.bytes, scored.bytes
-    return scored.loss / scored.weight, scored.weight
-
-
-def _groups(check: Check, scored: Scored) -> np.ndarray | None:
+def _groups(check: Check | Harness, scored: Scored) -> np.ndarray | None:
     """(N,) the number of each document's group."""
     if not check.group:
         return None
@@ -110,37 +109,58 @@ def _groups(check: Check, scored: Scored) -> np.ndarray | None:
     return np.unique(named, return_inverse=True)[1]
 
 
-def paired(check: Check, before: Scored, after: Scored) -> Paired:
+def paired(check: Check | Harness, before: Scored, after: Scored) -> Paired:
     """How much worse the candidate is on a check."""
-    old, weights = _figures(check, before)
-    new, _ = _figures(check, after)
+    old, weights = check.figures(before)
+    new, _ = check.figures(after)
     return compare(check.sign * old, check.sign * new, weights, _groups(check, after))
 
 
-def _row(check: Check, before: Scored | None, after: Scored, level: float) -> dict[str, Any]:
+def _row(check: Check | Harness, before: Scored | None, after: Scored, level: float) -> dict[str, Any]:
     """The verdict of a check on all its documents."""
-    value, weights = _figures(check, after)
-    mean = float(np.average(value, weights=weights))
-    unit = UNITS[check.metric]
-    row = {"check": check.name, "unit": unit, "margin": check.margin, "documents": len(after), "candidate": mean}
+    row = {"check": check.name, "unit": check.unit, "margin": check.margin, "documents": len(after)}
+    broken = [
+        _broken(check, side, name)
+        for side, name in ((before, "incumbent"), (after, "candidate"))
+        if side is not None and not np.isfinite(side.loss).all()
+    ]
+    if broken:
+        return {**row, "candidate": None, "passed": False, "reason": "; ".join(broken)}
+    mean = _mean(check, after)
     outside = check.bound is not None and check.sign * mean > check.sign * check.bound
-    reasons = [f"{check.name}: {mean:.4f} {unit}, the suite asks for {check.bound}"] if outside else []
+    reasons = [f"{check.name}: {mean:.4f} {check.unit}, the suite asks for {check.bound}"] if outside else []
+    row |= {"candidate": mean}
     if before is not None:
         found = paired(check, before, after)
         low, high = found.interval(level)
-        row |= {"incumbent": float(np.average(_figures(check, before)[0], weights=weights)), "groups": found.groups}
-        row |= {"difference": found.difference, "low": low, "high": high}
+        row |= {"incumbent": _mean(check, before), "groups": found.groups, "difference": found.difference}
+        row |= {"low": low, "high": high} if math.isfinite(high) else {"low": None, "high": None}
         if high >= check.margin:
             reasons.append(_too_much(check, found, low, high, level))
     return {**row, "passed": not reasons, "reason": "; ".join(reasons)}
 
 
-def _too_much(check: Check, found: Paired, low: float, high: float, level: float) -> str:
+def _mean(check: Check | Harness, scored: Scored) -> float:
+    value, weights = check.figures(scored)
+    return float(np.average(value, weights=weights))
+
+
+def _broken(check: Check | Harness, scored: Scored, side: str) -> str:
+    """The reason where a figure is no number, as that of a model whose training blew up."""
+    at = np.flatnonzero(~np.isfinite(scored.loss))
+    return f"{check.name}: the {side} gives no number for {len(at)} documents, {scored.records[at[0]]['id']} first"
+
+
+def _too_much(check: Check | Harness, found: Paired, low: float, high: float, level: float) -> str:
+    """The reason where a margin is lost, or may be."""
+    if not math.isfinite(high):
+        return f"{check.name}: cannot be told: all documents are of one group, {check.group!r}"
     said = f"{check.name}: worse by {found.difference:+.4f} ({low:+.4f} to {high:+.4f}), margin {check.margin:g}"
     if low >= check.margin:
         return said
-    more = found.needed(check.margin, level)
-    return f"{said}: a loss of that size is not excluded" + (f", which takes about {more} documents" if more else "")
+    more = found.needed(check.margin, level) - found.documents
+    told = f", about {more} documents more would tell" if more > 0 else ""
+    return f"{said}: a loss of that size is not excluded{told}"
 
 
 def _value(record: dict[str, Any], field: str) -> str:
@@ -151,7 +171,7 @@ def _value(record: dict[str, Any], field: str) -> str:
     return str(record[name])[: int(count) if count else None]
 
 
-def _slices(check: Check, before: Scored, after: Scored) -> list[dict[str, Any]]:
+def _slices(check: Check | Harness, before: Scored, after: Scored) -> list[dict[str, Any]]:
     """What each slice with enough documents lost; still without a verdict."""
     found = []
     for field in check.slices:
@@ -186,10 +206,10 @@ def _limits(limits: Limits, old: Model | None, new: Model) -> list[dict[str, Any
     if old is not None and limits.size:
         found.append(("size", _bytes(new) / _bytes(old), limits.size))
     if old is not None and (limits.latency or limits.memory):
-        shape = (limits.rows, limits.length)
+        most = [each.config.max_length for each in (old, new) if each.config.positions == "learned"]
+        shape = (limits.rows, min([limits.length, *most]))
         if limits.latency:
-            measured = cost.compare(old.config, new.config, shape, old.params, new.params)
-            found.append(("latency", measured.after.seconds / measured.before.seconds, limits.latency))
+            found.append(("latency", _latency(old, new, shape), limits.latency))
         if limits.memory:
             used = [cost.peak_memory(each.config, shape) for each in (old, new)]
             found.append(("memory", used[1] / used[0], limits.memory))
@@ -200,13 +220,22 @@ def _limits(limits: Limits, old: Model | None, new: Model) -> list[dict[str, Any
     ]
 
 
+def _latency(old: Model, new: Model, shape: tuple[int, int]) -> float:
+    """Time of a forward pass over that of the incumbent; 1 without a measurement where the two are one program, which noise tells apart at most."""
+    kinds = [jax.tree.map(lambda x: (x.shape, x.dtype), each.params) for each in (old, new)]
+    if old.config == new.config and kinds[0] == kinds[1]:
+        return 1.0
+    measured = cost.compare(old.config, new.config, shape, old.params, new.params)
+    return measured.after.seconds / measured.before.seconds
+
+
 def _bytes(loaded: Model) -> int:
     return sum(x.nbytes for x in jax.tree.leaves(loaded.params))
 
 
-def _flips(check: Check, before: Scored, after: Scored) -> dict[str, Any]:
+def _flips(check: Check | Harness, before: Scored, after: Scored) -> dict[str, Any]:
     """The documents that a class was found for by one of the models alone, those that were lost first, or whose loss rose most."""
-    old, new = _figures(check, before)[0], _figures(check, after)[0]
+    old, new = check.figures(before)[0], check.figures(after)[0]
     worse = check.sign * (new - old)
     order = [
         int(i) for i in np.argsort(-worse, kind="stable") if worse[i] > 0 or (check.metric == "accuracy" and worse[i])
@@ -214,13 +243,19 @@ def _flips(check: Check, before: Scored, after: Scored) -> dict[str, Any]:
     examples = [
         {
             "id": str(after.records[i]["id"]),
-            "text": str(after.records[i].get(check.data.text, ""))[:SHOWN],
+            "text": str(after.records[i].get(check.text, ""))[:SHOWN],
             "incumbent": float(old[i]),
             "candidate": float(new[i]),
         }
+        | ({"said": [before.said[i], after.said[i]]} if after.said else {})
         for i in order[:FLIPS]
     ]
     return {"worse": int((worse > 0).sum()), "better": int((worse < 0).sum()), "examples": examples}
+
+
+def _told(example: dict[str, Any]) -> str:
+    """What the two models said of an example, or its figures."""
+    return " -> ".join(example.get("said") or [f"{example[side]:.4g}" for side in ("incumbent", "candidate")])
 
 
 def told(verdict: dict[str, Any]) -> str:
@@ -231,13 +266,15 @@ def told(verdict: dict[str, Any]) -> str:
     for row in verdict["rows"]:
         pair = ""
         if "difference" in row:
-            interval = f"{row['low']:+.4f} to {row['high']:+.4f}"
+            interval = "unknown" if row["high"] is None else f"{row['low']:+.4f} to {row['high']:+.4f}"
             pair = f"{row['difference']:>+10.4f}  {interval:<20}{row['margin']:>8g}"
         before = f"{row['incumbent']:>11.4f}" if "incumbent" in row else f"{'-':>11}"
         passed = "passed" if row["passed"] else "REFUSED"
-        lines.append(f"{row['check']:<20}{row['documents']:>10}{before}{row['candidate']:>11.4f}{pair:<48}  {passed}")
+        after = f"{'-':>11}" if row["candidate"] is None else f"{row['candidate']:>11.4f}"
+        lines.append(f"{row['check']:<20}{row['documents']:>10}{before}{after}{pair:<48}  {passed}")
     lost = [x for x in verdict["slices"] if not x["passed"]]
     lines.append(f"{len(verdict['slices'])} slices, {len(lost)} of them lost too much")
+    lines += [f"    {x['slice']:<24}{x['documents']:>6} documents lost {x['difference']:.4f}" for x in lost]
     lines += [
         f"{x['name']:<20}{x['value']:>21.4g}, limit {x['limit']:g}  {'passed' if x['passed'] else 'REFUSED'}"
         for x in verdict["limits"]
@@ -245,9 +282,6 @@ def told(verdict: dict[str, Any]) -> str:
     for name, flips in verdict["flips"].items():
         lines.append(f"{name}: {flips['worse']} documents worse, {flips['better']} better")
         if not verdict["passed"]:
-            lines += [
-                f"    {x['incumbent']:.4g} -> {x['candidate']:.4g}  {x['id']}  {x['text'][:60]!r}"
-                for x in flips["examples"][:5]
-            ]
+            lines += [f"    {_told(x)}  {x['id']}  {x['text'][:60]!r}" for x in flips["examples"][:5]]
     lines += [f"refused: {reason}" for reason in verdict["reasons"]] or ["passed"]
     return "\n".join(lines)

@@ -9,13 +9,10 @@ import scipy.sparse
 
 from llm_jax.config import Batch, Data
 from llm_jax.data.tokenizer import Tokenizer
-from llm_jax.errors import DataError
+from llm_jax.errors import DataError, choose
 from llm_jax.lifecycle import two_samples
 from llm_jax.lifecycle.scored import Scored, score_documents
 from llm_jax.model import Model
-
-LEAST = 10
-"""Documents of a side"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,6 +48,31 @@ def join(*samples: Sample) -> Sample:
     return Sample(joined, tokens, grams)
 
 
+def together(sample: Sample, field: str) -> Sample:
+    """The documents that share the value of a field as one, their figures added up; those without a value stay alone.
+
+    Raises:
+        DataError: no record has the field.
+    """
+    choose("field of the records", field, set().union(*sample.scored.records) - {"id"}, DataError)
+    values = [r.get(field) for r in sample.scored.records]
+    keys = [f"of none {i}" if value is None else f"of {value}" for i, value in enumerate(values)]
+    _, first, of = np.unique(keys, return_index=True, return_inverse=True)
+    total = scipy.sparse.csr_array((np.ones(len(of)), (of, np.arange(len(of)))))
+    s = sample.scored
+    return Sample(
+        Scored(
+            [s.records[i] for i in first],
+            total @ s.loss,
+            total @ s.weight,
+            total @ s.bytes,
+            None if s.correct is None else total @ s.correct,
+        ),
+        total @ sample.tokens,
+        total @ sample.grams,
+    )
+
+
 def describe(scored: Scored, tokenizer: Tokenizer, data: Data, characters: int) -> Sample:
     """The documents with their tokens, and the runs of characters of their first so many characters."""
     fields = (data.text, data.target)
@@ -77,16 +99,9 @@ def measure(
     Of a source that the model was trained on, by the name that its run has for it, those that were held out: of others it remembers something.
 
     Raises:
-        UserError: as `score_documents`; DataError: fewer than 10 documents on a side.
+        UserError: as `score_documents`.
     """
-    sides = []
-    for name, sources in (("old", old), ("new", new)):
-        sides.append(score_documents(loaded, task, _fresh(data, tuple(sources)), batch))
-        if len(sides[-1]) < LEAST:
-            raise DataError(
-                f"{name} has {len(sides[-1])} documents, drift needs {LEAST} of each: it is documents that are compared; "
-                "cut long ones into pieces"
-            )
+    sides = [score_documents(loaded, task, _fresh(data, tuple(sources)), batch) for sources in (old, new)]
     assert loaded.tokenizer is not None
     # As many characters of a document on both sides, so that its length is not what the classifier sees.
     lengths = [[len(r[data.text]) for r in scored.records if isinstance(r.get(data.text), str)] for scored in sides]

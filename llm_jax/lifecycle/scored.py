@@ -33,6 +33,8 @@ class Scored:
     """(N,) of its text in UTF-8"""
     correct: np.ndarray | None = None
     """(N,) 1 where the class was found, 0 where not; None for a task without classes"""
+    said: tuple[str, ...] = ()
+    """the class that was found for each; empty for a task without classes"""
 
     def __len__(self) -> int:
         return len(self.loss)
@@ -42,7 +44,8 @@ class Scored:
         places = np.arange(len(self))[chosen]
         correct = None if self.correct is None else self.correct[places]
         records = [self.records[i] for i in places]
-        return Scored(records, self.loss[places], self.weight[places], self.bytes[places], correct)
+        said = tuple(self.said[i] for i in places) if self.said else ()
+        return Scored(records, self.loss[places], self.weight[places], self.bytes[places], correct, said)
 
     @property
     def mean(self) -> float:
@@ -103,7 +106,8 @@ def score_documents(loaded: Model, task: Any, data: Data, batch: Batch, split: s
         raise UserError(f"{type(task).__name__} is not judged by classes, so it gives no loss for each document")
     chances = np.array([example["probabilities"][example["label"]] for example in examples])
     correct = np.array([float(example["label"] == example["predicted"]) for example in examples])
-    return Scored(records, -np.log(np.maximum(chances, 1e-6)), np.ones(len(examples)), sizes, correct)
+    said = tuple(example["predicted"] for example in examples)
+    return Scored(records, -np.log(np.maximum(chances, 1e-6)), np.ones(len(examples)), sizes, correct, said)
 
 
 def _size(record: dict[str, Any], data: Data) -> int:

@@ -3,11 +3,18 @@
 import dataclasses
 import hashlib
 import json
+import math
+import re
 from typing import Any
+
+import numpy as np
 
 from llm_jax.config import Batch, Data, fraction, load_record, positive, to_dict
 from llm_jax.data.documents import open_sources
-from llm_jax.errors import ConfigError, choose
+from llm_jax.errors import ConfigError, UserError, choose
+from llm_jax.lifecycle.harness import Harness
+from llm_jax.lifecycle.scored import Scored, score_documents
+from llm_jax.model import Model
 from llm_jax.storage import Path
 
 UNITS = {"loss": "loss, nats a token or text", "bits": "bits a byte of text", "accuracy": "accuracy"}
@@ -43,11 +50,50 @@ class Check:
         positive(self, "check", "slice_margin", least=0)
         if not self.margin > 0:
             raise ConfigError(f"check.margin of {self.name!r} is {self.margin!r}: it must be above 0")
+        for field in self.slices:
+            if not re.fullmatch(r"[^:]+(:[1-9]\d*)?", field):
+                raise ConfigError(f"check.slices of {self.name!r} has {field!r}: it must be FIELD, or FIELD:N")
 
     @property
     def sign(self) -> int:
         """1 where a greater value is worse, else -1."""
         return -1 if self.metric == "accuracy" else 1
+
+    @property
+    def unit(self) -> str:
+        """What the metric is measured in."""
+        return UNITS[self.metric]
+
+    @property
+    def text(self) -> str:
+        """The field of a record that shows what it is."""
+        return self.data.text
+
+    def score(self, loaded: Model) -> Scored:
+        """What a model makes of the documents."""
+        return score_documents(loaded, self.task, self.data, self.batch)
+
+    def figures(self, scored: Scored) -> tuple[np.ndarray, np.ndarray]:
+        """(N,) the metric of each document, and its weight in the mean. Raises UserError where the task has no such metric."""
+        if self.metric == "accuracy":
+            if scored.correct is None:
+                raise UserError(f"check {self.name!r}: a task without classes has no accuracy: metric='loss'")
+            return scored.correct, np.ones(len(scored))
+        if self.metric == "bits":
+            return scored.loss / math.log(2) / np.maximum(scored.bytes, 1), scored.bytes
+        return scored.loss / scored.weight, scored.weight
+
+    def same_units(self, scored: Scored, old: Model, new: Model) -> None:
+        """Raise UserError where the figures of two models are of different things."""
+        told = [None if each.tokenizer is None else each.tokenizer.fingerprint for each in (old, new)]
+        if self.metric == "loss" and scored.correct is None and told[0] != told[1]:
+            raise UserError(
+                f"check {self.name!r}: the models have different tokenizers, so that losses a token differ: metric='bits'"
+            )
+
+    def contents(self) -> list[str]:
+        """Fingerprints of what is read."""
+        return [source.fingerprint for source in open_sources(self.data, "heldout")]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,13 +122,15 @@ class Limits:
 class Suite:
     """All that a gate asks."""
 
-    checks: tuple[Check, ...]
+    checks: tuple[Check | Harness, ...]
     limits: Limits = Limits()
     level: float = 0.05
     """chance of passing a model that has lost a margin, at most, and of refusing one for a slice that has lost nothing"""
 
     def __post_init__(self):
         fraction(self, "suite", "level")
+        if not 0 < self.level < 0.5:
+            raise ConfigError(f"suite.level is {self.level!r}: it must lie between 0 and 0.5")
         names = [check.name for check in self.checks]
         if not names or len(set(names)) < len(names):
             raise ConfigError(
@@ -91,7 +139,7 @@ class Suite:
 
     def fingerprint(self) -> str:
         """Identity of what is asked: checks, margins, limits, and the contents of the sources."""
-        sources = [[s.fingerprint for s in open_sources(check.data, "heldout")] for check in self.checks]
+        sources = [check.contents() for check in self.checks]
         return hashlib.sha256(json.dumps([to_dict(self), sources], sort_keys=True).encode()).hexdigest()
 
 

@@ -2,7 +2,9 @@
 
 import collections
 import concurrent.futures
+import functools
 import hashlib
+import http.server
 import io
 import multiprocessing
 import os
@@ -10,6 +12,7 @@ import random
 import subprocess
 import sys
 import tarfile
+import threading
 import zipfile
 from pathlib import Path
 
@@ -53,6 +56,13 @@ def test_what_the_assets_hold(real):
     assert sum(len(r["text"].split()) for r in sotu) == 2_019_452
     assert labels("rotten-tomatoes") == {1: 7403, 0: 5405}
     assert labels("pang-lee") == {1: 750, 0: 750}
+    assert collections.Counter(r["genre"] for r in real["brown"])["news"] == 44
+    assert len({r["genre"] for r in real["brown"]}) == 15
+    assert real["brown"][0]["text"].startswith("The Fulton County Grand Jury said Friday an investigation of Atlanta's")
+    assert not any(mark in r["text"] for r in real["brown"] for mark in ("``", "''", "/at ", " ,", ";;"))
+    german = {r["id"]: r["text"].splitlines() for r in real["conversations"] if r["language"] == "german"}
+    assert german["german/greetings"][:4] == ["Hallo", "Hi", "Hi", "Hallo"]
+    assert len({r["language"] for r in real["conversations"]}) == 28
     assert labels("bbc-news") == {0: 510, 1: 386, 2: 417, 3: 511, 4: 401}
     assert {r["id"]: r["text"] for r in real["shakespeare"]}["hamlet"].startswith("HAMLET, PRINCE OF DENMARK")
     assert sum(len(r["text"].split()) for r in real["shakespeare"]) == 905_018
@@ -176,7 +186,7 @@ def test_fetch_errors(index, tmp_path, monkeypatch):
     assert said.endswith(f"or copy {tmp_path}/cache/packages from a machine where it is")
     assert (
         refused(lambda: packages.fetch("egg", "tiny", "1.0", digest))
-        == "unknown kind of package 'egg'; known: sdist, wheel"
+        == "unknown kind of package 'egg'; known: npm, sdist, wheel"
     )
     assert not [path for path in (tmp_path / "cache" / "packages").iterdir() if path.suffix != ".lock"]
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(tmp_path / "bare")], check=True)
@@ -188,6 +198,45 @@ def test_fetch_errors(index, tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     monkeypatch.setenv("LLM_JAX_CACHE", str(tmp_path / "file"))
     assert refused(lambda: packages.fetch("wheel", "tiny", "1.0", digest)).endswith(": set LLM_JAX_CACHE to another")
+
+
+@pytest.fixture
+def registry(tmp_path, monkeypatch):
+    """The folder that a registry of npm on this machine serves, and its address; an empty cache."""
+    (tmp_path / "registry" / "@of" / "tiny" / "-").mkdir(parents=True)
+    monkeypatch.setenv("LLM_JAX_CACHE", str(tmp_path / "cache"))
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(tmp_path / "registry"))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}/"
+        monkeypatch.setenv("npm_config_registry", url)
+        yield tmp_path / "registry", url
+        server.shutdown()
+
+
+def test_fetch_from_npm(registry, tmp_path, monkeypatch):
+    folder, url = registry
+    path = folder / "@of" / "tiny" / "-" / "tiny-1.0.tgz"
+    with tarfile.open(path, "w:gz") as archive:
+        info = tarfile.TarInfo("package/a.txt")
+        info.size = 3
+        archive.addfile(info, io.BytesIO(b"one"))
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    fetched = packages.fetch("npm", "@of/tiny", "1.0", digest)
+    with packages.open_archive(fetched) as contents:
+        assert contents.text("a.txt") == "one"
+    assert refused(lambda: packages.fetch("npm", "@of/tiny", "1.0", "0" * 64)) == (
+        f"package @of/tiny==1.0: the archive's sha256 is {digest}, not {'0' * 64}"
+    )
+    said = refused(lambda: packages.fetch("npm", "tiny", "1.0", digest))
+    assert said.startswith(f"package tiny==1.0 cannot be fetched from {url}tiny/-/tiny-1.0.tgz: HTTP Error 404")
+    assert said.endswith(f"or copy {tmp_path}/cache/packages from a machine where it is")
+    monkeypatch.setenv("npm_config_registry", "http://127.0.0.1:1")
+    assert "set npm_config_registry to a registry that can be reached" in refused(
+        lambda: packages.fetch("npm", "tiny", "1.0", digest)
+    )
+    path.unlink()
+    assert packages.fetch("npm", "@of/tiny", "1.0", digest) == fetched  # from the cache
 
 
 @pytest.mark.parametrize("name", ["../evil", "/evil", "a/../../evil", "a\\..\\evil"])

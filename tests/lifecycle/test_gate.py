@@ -12,11 +12,12 @@ import pytest
 
 from llm_jax import cli, model
 from llm_jax.config import Batch, Data
-from llm_jax.errors import ConfigError, UserError
+from llm_jax.data.tokenizer import load_tokenizer
+from llm_jax.errors import UserError
 from llm_jax.lifecycle import gate as gates
 from llm_jax.lifecycle.registry import Registry
 from llm_jax.lifecycle.scored import score_documents
-from llm_jax.lifecycle.suite import Check, Limits, Suite, load_suite
+from llm_jax.lifecycle.suite import Check, Limits, Suite
 from llm_jax.models import transformer
 from llm_jax.models.config import ModelConfig
 from llm_jax.tasks import Classification, NextToken
@@ -99,17 +100,17 @@ def test_a_damaged_model_is_refused(saved: Path, suite: Suite):
 
 def test_a_slice_that_lost_is_not_hidden_by_the_average(saved: Path, suite: Suite, monkeypatch: pytest.MonkeyPatch):
     """Half of the documents lose what the others gain."""
-    real = gates.score_documents
+    real = Check.score
     loaded = model.load(saved / "near")
 
-    def other(given, *arguments):
-        found = real(given, *arguments)
+    def other(check, given):
+        found = real(check, given)
         if given.card["hashes"] != loaded.card["hashes"]:
             return found
         sign = np.array([1.0 if record["half"] == "b" else -1.0 for record in found.records])
         return dataclasses.replace(found, loss=found.loss + 0.4 * sign * found.weight)
 
-    monkeypatch.setattr(gates, "score_documents", other)
+    monkeypatch.setattr(Check, "score", other)
     wide = dataclasses.replace(suite, checks=(dataclasses.replace(suite.checks[0], margin=0.35, slice_margin=0.2),))
     verdict = gates.gate(str(saved / "near"), str(saved / "old"), wide)
     assert verdict["rows"][0]["passed"] and not verdict["passed"]
@@ -179,34 +180,6 @@ def test_the_command_and_what_it_leaves(
     assert registry.resolve("production").hash == registry.gates()[-1]["candidate"]
 
 
-@pytest.mark.parametrize(
-    ("make", "message"),
-    [
-        (lambda: Check("a", NextToken(), Data(), 0.0), "check.margin of 'a' is 0.0: it must be above 0"),
-        (lambda: Check("a", NextToken(), Data(), 0.1, metric="f1"), "unknown check.metric 'f1'"),
-        (lambda: Suite(()), "there must be one"),
-        (lambda: Suite((Check("a", NextToken(), Data(), 1.0),) * 2), "a name of its own"),
-        (lambda: Suite((Check("a", NextToken(), Data(), 1.0),), level=2.0), r"suite.level is 2.0"),
-        (lambda: Limits(latency=-1.0), "limits.latency is -1.0"),
-    ],
-)
-def test_suites_that_cannot_be(make, message: str):
-    with pytest.raises(ConfigError, match=message):
-        make()
-
-
-def test_suite_files(tmp_path: Path):
-    for path in Path("configs/suites").glob("*.py"):
-        suite = load_suite(path)
-        assert len(suite.fingerprint()) == 64 and suite.fingerprint() == load_suite(path).fingerprint()
-    (tmp_path / "a.py").write_text("def get_suit(): return 1")
-    with pytest.raises(ConfigError, match=r"a.py has no function get_suite\(\)"):
-        load_suite(tmp_path / "a.py")
-    (tmp_path / "b.py").write_text("def get_suite(): return 1")
-    with pytest.raises(ConfigError, match="returned a int, not a llm_jax.lifecycle.suite.Suite"):
-        load_suite(tmp_path / "b.py")
-
-
 def test_checks_that_do_not_fit_the_models(saved: Path, suite: Suite):
     check = suite.checks[0]
     for changes, message in (
@@ -217,3 +190,83 @@ def test_checks_that_do_not_fit_the_models(saved: Path, suite: Suite):
         wrong = Suite((dataclasses.replace(check, **changes),))
         with pytest.raises(UserError, match=message):
             gates.gate(str(saved / "near"), str(saved / "old"), wrong)
+
+
+def test_a_model_that_blew_up_is_refused(saved: Path, suite: Suite):
+    """A comparison with a loss that is no number is never won, and the verdict is JSON that others can read."""
+    old = model.load(saved / "old")
+    model.save(dataclasses.replace(old, params=jax.tree.map(lambda x: x * jnp.nan, old.params), card={}), saved / "nan")
+    verdict = gates.gate(str(saved / "nan"), str(saved / "old"), suite)
+    assert not verdict["passed"]
+    (reason,) = verdict["reasons"]
+    assert reason.startswith("text: the candidate gives no number for 96 documents, ")
+    assert reason.endswith("paragraphs.jsonl:1 first")
+    assert "REFUSED" in gates.told(verdict)
+    json.dumps(verdict, allow_nan=False)
+
+
+def test_a_single_group_cannot_be_told(saved: Path, suite: Suite):
+    one = dataclasses.replace(suite, checks=(dataclasses.replace(suite.checks[0], group="source", slices=()),))
+    verdict = gates.gate(str(saved / "near"), str(saved / "old"), one)
+    assert verdict["reasons"] == ["text: cannot be told: all documents are of one group, 'source'"]
+    assert "unknown" in gates.told(verdict)
+    json.dumps(verdict, allow_nan=False)
+    assert gates.gate(str(saved / "old"), str(saved / "old"), one)["passed"]
+
+
+def test_one_program_is_not_timed(saved: Path, suite: Suite, monkeypatch: pytest.MonkeyPatch):
+    """Models of the same sizes take the same time: a busy machine refuses none of them. Rows are as long as both models can read."""
+    monkeypatch.setattr(gates.cost, "compare", lambda *a: pytest.fail("timed"))
+    limited = dataclasses.replace(suite, limits=Limits(latency=1.0, memory=1.0, length=512))
+    verdict = gates.gate(str(saved / "near"), str(saved / "old"), limited)
+    assert [(x["name"], x["value"]) for x in verdict["limits"]] == [("latency", 1.0), ("memory", 1.0)]
+
+
+def test_models_of_different_tokenizers_are_compared_by_the_byte(saved: Path, suite: Suite, tmp_path: Path):
+    """Losses a token of two vocabularies are not of one unit; bits a byte are, and are those of the documents."""
+    texts = [record["text"] for record in map(json.loads, Path(source_of(suite)).read_text().splitlines())]
+    small = load_tokenizer("bpe:300", texts)
+    sizes = SIZES.replace(vocab_size=300)
+    other = model.Model(sizes, transformer.init(sizes, jax.random.key(3)), small)
+    model.save(other, tmp_path / "other")
+    with pytest.raises(UserError, match="the models have different tokenizers, so that losses a token differ"):
+        gates.gate(str(tmp_path / "other"), str(saved / "old"), suite)
+    check = dataclasses.replace(suite.checks[0], metric="bits", margin=10.0)
+    (row,) = gates.gate(str(tmp_path / "other"), str(saved / "old"), Suite((check,)))["rows"]
+    found = score_documents(other, check.task, check.data, check.batch)
+    size = sum(len(text.encode()) for text in texts)
+    assert row["candidate"] == pytest.approx(found.loss.sum() / np.log(2) / size)
+    assert row["difference"] == pytest.approx(row["candidate"] - row["incumbent"])
+
+
+def source_of(suite: Suite) -> str:
+    return suite.checks[0].data.heldout_sources[0].removeprefix("jsonl:")
+
+
+def test_accuracy_and_what_was_said(tokenizer, corpus: Path, tmp_path: Path):
+    """A classifier against itself with its classes exchanged: every document flips, and the verdict says which way."""
+    lines = [
+        {"text": path.read_text()[i : i + 80], "label": int(i > 0), "address": path.stem}
+        for path in sorted(corpus.glob("*.txt"))
+        for i in (0, 200)
+    ]
+    (tmp_path / "texts.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    source = f"jsonl:{tmp_path}/texts.jsonl"
+    sizes = SIZES.replace(architecture="encoder", head="classification", labels=2)
+    params = transformer.init(sizes, jax.random.key(0))
+    turned = {**params, "head": jax.tree.map(lambda x: -x, params["head"])}
+    for name, made in (("old", params), ("turned", turned)):
+        model.save(model.Model(sizes, made, tokenizer), tmp_path / name)
+    data = Data(sources=(source,), heldout_sources=(source,), long="truncate")
+    task = Classification(labels=("early", "late"))
+    check = Check("classes", task, data, 0.05, metric="accuracy", batch=Batch(size=8, length=64), slices=("label",))
+    old = check.score(model.load(tmp_path / "old"))
+    assert old.correct is not None
+    better, worse = ("old", "turned") if old.correct.mean() > 0.5 else ("turned", "old")
+    verdict = gates.gate(str(tmp_path / worse), str(tmp_path / better), Suite((dataclasses.replace(check, least=5),)))
+    (row,), flips = verdict["rows"], verdict["flips"]["classes"]
+    assert row["incumbent"] == pytest.approx(1 - row["candidate"])
+    assert row["difference"] == pytest.approx(row["incumbent"] - row["candidate"])
+    assert flips["worse"] + flips["better"] == 48
+    assert all(sorted(x["said"]) == ["early", "late"] and len(x["text"]) <= 80 for x in flips["examples"])
+    assert {x["slice"] for x in verdict["slices"]} == {"label=0", "label=1"}
