@@ -18,6 +18,7 @@ SMALL = {
         dict(TEACHER_STEPS="8", STEPS="4", SEEDS="(0,)", BATCHES="2", ARMS='("no teacher", "reverse KL")'),
         1,
     ),
+    "three_eras": (dict(STEPS="12", UPDATE="6", BATCHES="1"), 1),
 }
 """The numbers of each, and how many pictures it draws"""
 
