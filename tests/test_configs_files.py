@@ -42,6 +42,7 @@ STARTS = {
         layers=6, dim=384, heads=12, mlp_dim=1536, head="classification", labels=2, pooler="tanh"
     ),
     "runs/sotu": config.load(ROOT / "configs" / "sotu.py").model,
+    "runs/eras_base": config.load(ROOT / "configs" / "eras_base.py").model,
 }
 """The sizes that each model has from which a config starts."""
 
