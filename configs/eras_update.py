@@ -1,4 +1,4 @@
-"""The decoder of configs/eras_base.py is brought to 2026: new addresses with a quarter of old ones among them, the learning rate warmed up again.
+"""The decoder of configs/eras_base.py is brought to 2026: as many old addresses as new ones among its rows, the learning rate warmed up again.
 
 python train.py --config=configs/eras_base.py
 python train.py --config=configs/eras_update.py
@@ -16,8 +16,8 @@ def get_config() -> Run:
         name="eras_update",
         start="runs/eras_base",
         task=NextToken(),
-        data=Data(sources=("asset:sotu#date=1946..", "asset:sotu#date=..1945"), weights=(0.75, 0.25), heldout=0.1),
-        optimizer=Optimizer(name="muon", learning_rate=0.02, weight_decay=0.1),
+        data=Data(sources=("asset:sotu#date=1946..", "asset:sotu#date=..1945"), weights=(0.5, 0.5), heldout=0.1),
+        optimizer=Optimizer(name="muon", learning_rate=0.005, weight_decay=0.1),
         schedule=Schedule(name="linear", warmup=40, final=0.0),
         steps=500,
         batch=Batch(size=4, length=256),

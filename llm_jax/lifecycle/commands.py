@@ -179,7 +179,7 @@ def _update(arguments: Sequence[str]) -> None:
     """Keep a name current, in one command: drift, training by a recipe, gate, promotion or refusal. Killed anywhere, it goes on; safe from cron."""
     example = (
         "python -m llm_jax update production --config=configs/eras_update.py --suite=configs/suites/eras.py \\\n"
-        "             --old='asset:sotu#date=..1945' --new='asset:sotu#date=1946..' --replay=0.25"
+        "             --old='asset:sotu#date=..1945' --new='asset:sotu#date=1946..' --replay=0.5"
     )
     parser = parser_of("update", _update, example)
     parser.epilog = (
