@@ -22,7 +22,7 @@ from llm_jax.lifecycle import advise
 
 OLD, NEW = "asset:sotu#date=..1945", "asset:sotu#date=1946.."
 FOLDER = arms.FOLDER / "continual"
-ORDER = ("nothing", "new_only", "replay_25", "retrained", "replay_5", "lora", "grown", "replay_1", "union")
+ORDER = ("nothing", "retrained", "replay_50", "replay_25", "new_only", "replay_5", "lora", "grown", "replay_1", "union")
 
 
 def planned() -> dict:

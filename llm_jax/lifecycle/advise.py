@@ -14,7 +14,7 @@ from llm_jax.lifecycle.recipes import continued, retrained
 from llm_jax.models.config import ModelConfig
 from llm_jax.transforms import grow_depth, lora
 
-REPLAY = {"new_only": 0.0, "replay_1": 0.01, "replay_5": 0.05, "replay_25": 0.25}
+REPLAY = {"new_only": 0.0, "replay_1": 0.01, "replay_5": 0.05, "replay_25": 0.25, "replay_50": 0.5}
 """Share of the pieces from the old source"""
 
 ARMS = ("nothing", "lora", *REPLAY, "grown", "union")
@@ -28,8 +28,8 @@ FACTORS = Optimizer(name="adamw", learning_rate=2e-3)
 def arms(recipe: Run, start: str, tokenizer: str, old: str, new: str, wanted: Sequence[str] = ARMS) -> dict[str, Run]:
     """A run for each way to update a model, of as many operations as the recipe has.
 
-    nothing; lora: factors of low rank, a quarter of the rows old; new_only, replay_1, replay_5, replay_25: the whole model, with that share
-    of old rows in hundredths; grown: half as deep again by layers that change nothing at first, as replay_5; union: fresh weights, all documents.
+    nothing; lora: factors of low rank, a quarter of the rows old; new_only, replay_1, replay_5, replay_25, replay_50: the whole model, with
+    that share of old rows in hundredths; grown: half as deep again by layers that change nothing at first, as replay_5; union: fresh weights, all documents.
 
     Raises:
         ConfigError: an unknown arm, or a recipe without held-out documents.
