@@ -14,14 +14,14 @@ from llm_jax.tasks import Classification
 from llm_jax.transforms import distil, shrink
 
 
-def get_config() -> Run:
+def get_config(teacher: str = "runs/snippets_minilm") -> Run:
     return Run(
         name="distilbert_reviews",
-        start="runs/snippets_minilm",
+        start=teacher,
         transforms=(
             shrink(layers=(0, 2, 4)),
             distil(
-                "runs/snippets_minilm",
+                teacher,
                 temperature=2.0,
                 soft=1.0,
                 task=0.0,
