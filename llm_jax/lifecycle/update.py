@@ -94,9 +94,13 @@ def update(
         if not verdict["passed"]:
             return stages.end("refused", "; ".join(verdict["reasons"]))
         try:
-            stages.once("promoted", lambda: _promoted(registry, name, trained["folder"], found["why"]))
+            made = stages.once("promoted", lambda: _promoted(registry, name, trained["folder"], found["why"]))
         except RefusedError as e:  # the name has moved since
             return stages.end("refused", str(e))
+        if incumbent.hash != made["hash"] and registry.resolve(name).hash != made["hash"]:
+            return stages.end(
+                "refused", f"{name!r} stood at what this update made, {made['hash'][:16]}, and was moved back since"
+            )
         return stages.end("promoted", found["why"])
 
 

@@ -16,7 +16,7 @@ from llm_jax.data.tokenizer import load_tokenizer
 from llm_jax.errors import UserError
 from llm_jax.lifecycle import gate as gates
 from llm_jax.lifecycle.registry import Registry
-from llm_jax.lifecycle.scored import score_documents
+from llm_jax.lifecycle.scored import Scored, score_documents
 from llm_jax.lifecycle.suite import Check, Limits, Suite
 from llm_jax.models import transformer
 from llm_jax.models.config import ModelConfig
@@ -185,6 +185,7 @@ def test_checks_that_do_not_fit_the_models(saved: Path, suite: Suite):
     for changes, message in (
         (dict(metric="accuracy"), "a task without classes has no accuracy"),
         (dict(slices=("film",)), "no field 'film' to slice by; it has"),
+        (dict(group="adress"), "unknown check 'text': group 'adress'; did you mean 'address'"),
         (dict(task=Classification(labels=("a", "b"))), "head"),
     ):
         wrong = Suite((dataclasses.replace(check, **changes),))
@@ -212,6 +213,29 @@ def test_a_single_group_cannot_be_told(saved: Path, suite: Suite):
     assert "unknown" in gates.told(verdict)
     json.dumps(verdict, allow_nan=False)
     assert gates.gate(str(saved / "old"), str(saved / "old"), one)["passed"]
+
+
+def test_documents_of_no_group_stay_alone():
+    records = [{"id": str(i), "film": film} for i, film in enumerate(("a", None, "a", None, "None"))]
+    scored = Scored(records, np.ones(5), np.ones(5), np.ones(5))
+    numbers = gates._groups(Check("x", NextToken(), Data(), 1.0, group="film"), scored)
+    assert numbers is not None and len(set(numbers)) == 4 and numbers[0] == numbers[2]
+
+
+def test_a_model_that_reads_less_is_not_better(saved: Path, suite: Suite, tmp_path: Path):
+    """Rows that one of the models cannot hold are cut for it alone: losses of different tokens are not compared."""
+    old = model.load(saved / "old")
+    sizes = SIZES.replace(positions="learned", max_length=64)
+    params = transformer.init(sizes, jax.random.key(0))
+    cut = {**params, "embed": {**params["embed"], "positions": params["embed"]["positions"][:16]}}
+    model.save(model.Model(sizes, params, old.tokenizer), tmp_path / "long")
+    model.save(model.Model(sizes.replace(max_length=16), cut, old.tokenizer), tmp_path / "short")
+    check = suite.checks[0]
+    cutting = dataclasses.replace(check, data=dataclasses.replace(check.data, long="truncate"))
+    with pytest.raises(UserError, match="the incumbent predicts 64 tokens, the candidate 16: set data.long='split'"):
+        gates.gate(str(tmp_path / "short"), str(tmp_path / "long"), Suite((cutting,)))
+    (row,) = gates.gate(str(tmp_path / "short"), str(tmp_path / "long"), suite)["rows"]
+    assert np.isfinite(row["difference"])
 
 
 def test_one_program_is_not_timed(saved: Path, suite: Suite, monkeypatch: pytest.MonkeyPatch):

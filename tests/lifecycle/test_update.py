@@ -127,6 +127,10 @@ class Verdict:
 
     verdict: str
     why: str
+    registry.rollback("production")  # someone's decision, which an update does not turn round
+    again = call(world, registry, **changes)
+    assert (again.outcome, again.status) == ("refused", 1) and "was moved back since" in again.why
+    assert registry.resolve("production").hash == first
 
 
 def test_drift_is_found_and_a_gate_refuses(world: Path, registry: Registry):
