@@ -119,6 +119,10 @@ def test_promoted_and_called_again(world: Path, registry: Registry, monkeypatch:
     )
     assert found.stages["gate"]["rows"][1]["difference"] < -0.1  # it learned to count down
     assert call(world, registry, **changes) == found and len(calls) == 6  # cron calls again: nothing is done twice
+    registry.rollback("production")  # someone's decision, which an update does not turn round
+    again = call(world, registry, **changes)
+    assert (again.outcome, again.status) == ("refused", 1) and "was moved back since" in again.why
+    assert registry.resolve("production").hash == first
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,10 +131,6 @@ class Verdict:
 
     verdict: str
     why: str
-    registry.rollback("production")  # someone's decision, which an update does not turn round
-    again = call(world, registry, **changes)
-    assert (again.outcome, again.status) == ("refused", 1) and "was moved back since" in again.why
-    assert registry.resolve("production").hash == first
 
 
 def test_drift_is_found_and_a_gate_refuses(world: Path, registry: Registry):
