@@ -156,7 +156,7 @@ def _advise(arguments: Sequence[str]) -> None:
     parser.add_argument("--new", required=True, help="source of what is new")
     parser.add_argument("--out", required=True, help="folder for the arms' runs, advice.json and advice.png")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
-    parser.add_argument("--arms", nargs="+", default=[], help="some of them; all by default")
+    parser.add_argument("--arms", nargs="+", default=[], help="some of them; by default all that can be made")
     told, rest = config_arguments(arguments)
     options = parser.parse_args(rest)
     from llm_jax import config
@@ -170,7 +170,7 @@ def _advise(arguments: Sequence[str]) -> None:
         options.new,
         as_path(options.out),
         options.seeds,
-        options.arms or advise.ARMS,
+        options.arms,
     )
     report(advise.to_dict(found), advise.told(found), options.json)
 
