@@ -12,6 +12,7 @@ from llm_jax.config import Eval, Optimizer, Run
 from llm_jax.errors import ConfigError, choose
 from llm_jax.lifecycle.recipes import continued, retrained
 from llm_jax.models.config import ModelConfig
+from llm_jax.storage import in_one_line
 from llm_jax.transforms import grow_depth, lora
 
 REPLAY = {"new_only": 0.0, "replay_1": 0.01, "replay_5": 0.05, "replay_25": 0.25, "replay_50": 0.5}
@@ -129,18 +130,20 @@ def advise(
     """Try each arm; advice.json and advice.png in `out`, and the arms' runs below it. The least mean of both losses comes first.
 
     Raises:
-        UserError: whatever a run raises.
+        UserError: whatever a run raises, or a folder that cannot be written.
     """
-    out.mkdir(parents=True, exist_ok=True)
     tokenizer = model.read_tokenizer(start)
     if tokenizer is None:
         raise ConfigError(f"{start} has no tokenizer")
-    tokenizer.save(out / "tokenizer")
+    with in_one_line(out):
+        out.mkdir(parents=True, exist_ok=True)
+        tokenizer.save(out / "tokenizer")
     planned = arms(recipe, start, str(out / "tokenizer"), old, new, wanted)
     tried = [attempt(name, run, old, new, out, seeds) for name, run in planned.items()]
     tried.sort(key=lambda x: statistics.fmean(x.average))
-    (out / "advice.json").write_text(json.dumps([dataclasses.asdict(x) for x in tried], indent=1), encoding="utf-8")
-    draw(tried, out / "advice.png")
+    with in_one_line(out):
+        (out / "advice.json").write_text(json.dumps(to_dict(tried), indent=1), encoding="utf-8")
+        draw(tried, out / "advice.png")
     return tried
 
 

@@ -22,6 +22,7 @@ from llm_jax.lifecycle import gate as gates
 from llm_jax.lifecycle.recipes import continued
 from llm_jax.lifecycle.registry import RefusedError, Registry
 from llm_jax.lifecycle.suite import load_suite
+from llm_jax.storage import in_one_line
 
 
 class BusyError(UserError):
@@ -66,9 +67,10 @@ def update(
 
     Raises:
         BusyError: another update of this name is under way.
-        UserError: whatever the stages raise.
+        UserError: whatever the stages raise, or a disk that refuses: never an OSError, whose status would tell of a refused model.
     """
-    with _alone(registry.folder / "updates" / f"{name}.lock", name):
+    registry.history(name)  # an unknown name, or one that is none, makes no folder
+    with in_one_line(registry.folder), _alone(registry.folder / "updates" / f"{name}.lock", name):
         incumbent = registry.resolve(name)
         asked: dict[str, Any] = {
             "name": name,

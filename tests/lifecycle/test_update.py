@@ -1,8 +1,10 @@
 """The whole loop: left where nothing drifted, trained, gated, promoted or refused; killed anywhere and called again, each stage is done once."""
 
 import dataclasses
+import errno
 import fcntl
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,6 +12,7 @@ import pytest
 
 from llm_jax import cli
 from llm_jax.config import Batch, Data, Eval, Optimizer, Run, Schedule
+from llm_jax.errors import UserError
 from llm_jax.lifecycle import update as updates
 from llm_jax.lifecycle.registry import Registry
 from llm_jax.loop import train
@@ -149,6 +152,49 @@ def test_two_at_once(world: Path, registry: Registry):
         fcntl.flock(file, fcntl.LOCK_EX)
         with pytest.raises(updates.BusyError, match="another update of 'production' is under way"):
             call(world, registry)
+
+
+def test_what_is_no_name_makes_no_folder(world: Path, registry: Registry):
+    before = sorted(registry.folder.parent.rglob("*"))
+    for name, message in (("../../x", "is no name for the registry"), ("staging", "unknown name in the registry")):
+        with pytest.raises(UserError, match=message):
+            updates.update(name, recipe(world), "a", "b", "c", 0.25, registry)
+    assert sorted(registry.folder.parent.rglob("*")) == before
+
+
+def test_a_disk_that_refuses(world: Path, registry: Registry, monkeypatch: pytest.MonkeyPatch):
+    """A line with status 2, not a traceback, whose 1 would tell of a refused model."""
+
+    def full(path: Path, write: Callable) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(updates, "write_atomically", full)
+        with pytest.raises(UserError, match=r"asked\.json: No space left on device$") as told:
+            call(world, registry)
+    assert told.value.status == 2
+    shutil.rmtree(registry.folder / "updates")
+    (registry.folder / "updates").write_text("a file")
+    with pytest.raises(UserError, match="updates: File exists"):
+        call(world, registry)
+
+
+def test_a_report_and_an_advice_that_cannot_be_written(world: Path, registry: Registry, tmp_path: Path, capsys):
+    """A line each, and nothing is left behind."""
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").write_text("")
+
+    def refused(*arguments: str) -> str:
+        before = sorted(tmp_path.iterdir())
+        assert cli.main([*arguments]) == 2 and sorted(tmp_path.iterdir()) == before
+        return capsys.readouterr().err
+
+    report = ("report", "production", f"--registry={registry.folder}")
+    assert refused(*report, f"--out={tmp_path}/folder") == f"error: {tmp_path}/folder: Is a directory\n"
+    assert refused(*report, f"--out={tmp_path}/file/x.html") == f"error: {tmp_path}/file: File exists\n"
+    sources = (f"--old={source(world, 'up')}", f"--new={source(world, 'down')}", f"--start={world}/base")
+    advise = ("advise", "--config=configs/eras_update.py", *sources)
+    assert refused(*advise, f"--out={tmp_path}/file") == f"error: {tmp_path}/file: File exists\n"
 
 
 def test_the_command(
