@@ -123,7 +123,9 @@ def _gate(arguments: Sequence[str]) -> None:
     )
     parser.add_argument("--suite", required=True, help="Python file with get_suite()")
     parser.add_argument(
-        "--registry", default="", help="where the verdict is filed; by default LLM_JAX_REGISTRY, else registry"
+        "--registry",
+        default="",
+        help="of registry:NAME, and where the verdict is filed; by default LLM_JAX_REGISTRY, else registry",
     )
     options = parser.parse_args(arguments)
     from llm_jax.lifecycle import gate
@@ -131,7 +133,8 @@ def _gate(arguments: Sequence[str]) -> None:
     from llm_jax.lifecycle.suite import load_suite
 
     suite, registry = load_suite(options.suite), Registry(options.registry)
-    verdict = gate.gate(options.candidate, options.against, suite)
+    incumbent = None if options.against is None else registry.locate(options.against)
+    verdict = gate.gate(registry.locate(options.candidate), incumbent, suite)
     registry.record_gate(verdict)
     report(verdict, gate.told(verdict), options.json)
     if not verdict["passed"]:
