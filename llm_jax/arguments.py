@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
@@ -36,8 +37,21 @@ def parser_of(verb: str, function: Callable[..., Any], example: str) -> Parser:
 
 
 def report(result: Any, text: str, as_json: bool) -> None:
-    """Print the text, or the result as JSON."""
-    print(json.dumps(result, indent=1) if as_json else text)
+    """Print the text, or the result as JSON, which has no NaN and no infinity: null stands for them."""
+    print(json.dumps(_finite(result), indent=1, allow_nan=False) if as_json else text)
+
+
+def _finite(value: Any) -> Any:
+    """Plain data with None for each number that is not finite.
+
+    >>> _finite({"loss": float("nan"), "rows": [(1, 0.5, float("inf"))]})
+    {'loss': None, 'rows': [[1, 0.5, None]]}
+    """
+    if isinstance(value, dict):
+        return {key: _finite(x) for key, x in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(x) for x in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def config_arguments(arguments: Sequence[str]) -> tuple[list[str], list[str]]:

@@ -324,6 +324,17 @@ def test_classes_are_judged_by_example(folder, samples):
     assert "accuracy" in str(found) and "bits a byte" not in str(found)
 
 
+def test_a_model_that_blew_up_tells_no_drift(samples):
+    new = samples["later"]
+    loss = np.where(np.arange(len(new)) < 78, new.scored.loss, [np.nan, np.inf] * (len(new) // 2))
+    broken = dataclasses.replace(new, scored=dataclasses.replace(new.scored, loss=loss))
+    first = new.scored.records[78]["id"]
+    with pytest.raises(DataError, match=f"no number for 2 documents of new, {first} first: it can tell no drift$"):
+        judge(samples["old"], broken, limits=FAST)
+    with pytest.raises(DataError, match="no number for 2 documents of old"):
+        judge(broken, samples["old"], limits=FAST)
+
+
 # --- what a user sees
 
 
