@@ -55,12 +55,26 @@ def _finite(value: Any) -> Any:
 
 
 def config_arguments(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
-    """The words of a command line that are about a config, with the values that follow them, and the others."""
+    """The words of a command line that are about a config, with the values that follow them, and the others.
+
+    `--config` takes the next word, `--config.KEY` all up to the next option; with `=` they have their value already.
+
+    >>> print(*config_arguments(["--config=a.py", "production", "--config.data.sources", "x", "y", "--json"]))
+    ['--config=a.py', '--config.data.sources', 'x', 'y'] ['production', '--json']
+    >>> print(*config_arguments(["--config", "a.py", "production"]))
+    ['--config', 'a.py'] ['production']
+    """
     told: list[str] = []
     rest: list[str] = []
-    into = rest
+    name, values = "", rest
     for word in arguments:
         if word.startswith("-"):
-            into = told if word.split("=")[0] == "--config" or word.startswith("--config.") else rest
-        into.append(word)
+            name, equals, _ = word.partition("=")
+            into = told if name == "--config" or name.startswith("--config.") else rest
+            into.append(word)
+            values = rest if equals else into
+        else:
+            values.append(word)
+            if name == "--config":
+                values = rest
     return told, rest

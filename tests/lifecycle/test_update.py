@@ -209,6 +209,9 @@ def test_the_command(
     common = [f"--config={tmp_path}/recipe.py", f"--old={source(world, 'up')}", f"--new={source(world, 'up')}"]
     assert cli.main(["update", "production", *common, f"--suite={world}/loose.py", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["outcome"] == "left"
+    for config in ([f"--config={tmp_path}/recipe.py"], ["--config", f"{tmp_path}/recipe.py"]):
+        assert cli.main(["update", *config, "production", *common[1:], f"--suite={world}/loose.py"]) == 0
+    capsys.readouterr()
     assert cli.main(["update", "staging", *common, f"--suite={world}/loose.py"]) == 2
     assert "'staging'" in capsys.readouterr().err
     assert cli.main(["update", "production", *common, f"--suite={world}/none.py"]) == 2
