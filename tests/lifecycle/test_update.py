@@ -12,11 +12,12 @@ import pytest
 
 from llm_jax import cli
 from llm_jax.config import Batch, Data, Eval, Optimizer, Run, Schedule
-from llm_jax.errors import UserError
+from llm_jax.errors import CheckpointError, UserError
 from llm_jax.lifecycle import update as updates
 from llm_jax.lifecycle.registry import Registry
 from llm_jax.loop import train
 from llm_jax.models.config import ModelConfig
+from llm_jax.saved import read_card
 from llm_jax.tasks import NextToken
 
 
@@ -122,6 +123,40 @@ def test_promoted_and_called_again(world: Path, registry: Registry, monkeypatch:
     )
     assert found.stages["gate"]["rows"][1]["difference"] < -0.1  # it learned to count down
     assert call(world, registry, **changes) == found and len(calls) == 6  # cron calls again: nothing is done twice
+
+
+def test_it_goes_on_from_another_folder_and_where_the_registry_was_moved(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Begun by relative paths and killed in the middle of training and after it: each call finds what was done."""
+    monkeypatch.chdir(tmp_path)
+    first = Registry("registry").promote("production", world / "base", force=True, why="the first").hash
+    monkeypatch.setattr(updates.drifts, "drift", lambda *a: Verdict("update", "it counts down"))
+    trained, runs = updates._trained, []
+
+    def half(run: Run):
+        runs.append(dataclasses.replace(run, steps=10))
+        trained(runs[0])
+        raise KeyboardInterrupt
+
+    for name, kill in (("_trained", half), ("_gated", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))):
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(updates, name, kill)
+            call(world, Registry("registry" if name == "_trained" else "../registry"))
+        (tmp_path / "elsewhere").mkdir(exist_ok=True)
+        monkeypatch.chdir(tmp_path / "elsewhere")
+    shutil.move(tmp_path / "registry", tmp_path / "moved")
+    moved = Registry(tmp_path / "moved")
+    found = call(world, moved)
+    assert found.outcome == "promoted" and found.folder.startswith(f"{moved.folder}/updates/production/")
+    card = read_card(moved.resolve("production").path)
+    assert (card["parents"], card["step"]) == ([first], 20)
+    lines = (Path(found.folder) / "run" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines if "loss" in json.loads(line)] == [*range(1, 21)]
+    assert call(world, moved) == found
+    other = dataclasses.replace(runs[0], workdir=f"{found.folder}/run", start=str(moved.resolve("production").path))
+    with pytest.raises(CheckpointError, match="holds a run of another config .start is"):
+        train(other)
 
 
 @dataclasses.dataclass(frozen=True)
