@@ -149,17 +149,36 @@ def test_without_an_incumbent_bounds_are_judged(saved: Path, suite: Suite):
         assert verdict["incumbent"] is None and verdict["passed"] == passed
 
 
+def write_suite(suite: Suite, path: Path) -> None:
+    """A suite's file with a check on its source."""
+    (source,) = suite.checks[0].data.heldout_sources
+    path.write_text(
+        "from llm_jax.config import Batch, Data\nfrom llm_jax.lifecycle.suite import Check, Suite\nfrom llm_jax.tasks import NextToken\n"
+        f"def get_suite():\n    data = Data(sources=({source!r},), heldout_sources=({source!r},))\n"
+        "    return Suite((Check('text', NextToken(), data, 0.05, batch=Batch(size=8, length=64), group='address', bound=7.0),))\n"
+    )
+
+
+def test_names_are_those_of_the_registry_that_is_asked(saved: Path, suite: Suite, tmp_path: Path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_suite(suite, tmp_path / "suite.py")
+    for folder, name in (("registry", "deep"), ("other", "old")):
+        Registry(folder).promote("production", saved / name, force=True, why="a test")
+    asked = ["--suite=suite.py", "--registry=other", "--json"]
+    assert cli.main(["gate", str(saved / "near"), "--against=registry:production", *asked]) == 0
+    old = Registry("other").resolve("production").hash
+    assert json.loads(capsys.readouterr().out)["incumbent"] == old
+    assert cli.main(["gate", "registry:production", *asked]) == 0
+    assert json.loads(capsys.readouterr().out)["candidate"] == old
+    assert len(Registry("other").gates()) == 2 and not Registry().gates()
+
+
 def test_the_command_and_what_it_leaves(
     saved: Path, suite: Suite, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch
 ):
     """Status 0 and 1; the verdict is on file, and `promote` goes by it."""
     monkeypatch.chdir(tmp_path)
-    (source,) = suite.checks[0].data.heldout_sources
-    (tmp_path / "suite.py").write_text(
-        "from llm_jax.config import Batch, Data\nfrom llm_jax.lifecycle.suite import Check, Suite\nfrom llm_jax.tasks import NextToken\n"
-        f"def get_suite():\n    data = Data(sources=({source!r},), heldout_sources=({source!r},))\n"
-        "    return Suite((Check('text', NextToken(), data, 0.05, batch=Batch(size=8, length=64), group='address', bound=7.0),))\n"
-    )
+    write_suite(suite, tmp_path / "suite.py")
     old, near, damaged = (str(saved / name) for name in ("old", "near", "damaged"))
     assert cli.main(["promote", "production", old]) == 2
     assert "was never gated" in capsys.readouterr().err
