@@ -11,7 +11,7 @@ soft classes, the direction of its last states (DistilBERT) and its states after
 
 from llm_jax.config import Batch, Checkpoint, Data, Eval, Optimizer, Run, Schedule
 from llm_jax.tasks import Classification
-from llm_jax.transforms import distil, shrink
+from llm_jax.transforms import distil, dropout, shrink
 
 
 def get_config(teacher: str = "runs/snippets_minilm") -> Run:
@@ -20,6 +20,7 @@ def get_config(teacher: str = "runs/snippets_minilm") -> Run:
         start=teacher,
         transforms=(
             shrink(layers=(0, 2, 4)),
+            dropout(0.0),
             distil(
                 teacher,
                 temperature=2.0,
