@@ -5,6 +5,9 @@ An experiment that was interrupted goes on where it stopped when its script is s
 
 import dataclasses
 import json
+import runpy
+import statistics
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,9 +40,26 @@ def teacher(name: str = "snippets_minilm") -> dict[str, Any]:
     return json.loads(done.read_text(encoding="utf-8")) if done.exists() else train(run)
 
 
-def arm(name: str, run: config.Run, seeds: list[int]) -> dict[str, Any]:
+def arm(name: str, run: config.Run, seeds: Sequence[int]) -> dict[str, Any]:
     """The run for these seeds: mean, spread and values of each held-out figure, seconds and folders."""
     print(f"== {name}, seeds {seeds}", flush=True)
     found = sweep(dataclasses.replace(run, workdir=str(FOLDER / name)), seeds)
     print({key: x["values"] for key, x in found["eval"].items()}, flush=True)
     return found
+
+
+def following(name: str, run: Callable[[str], config.Run], before: dict[str, Any]) -> dict[str, Any]:
+    """An arm that goes on from another, each seed from that seed's model: `run` makes a run from the folder of the model."""
+    each = [arm(name, run(folder), [seed]) for seed, folder in zip(before["seeds"], before["folders"])]
+    values = {key: [x["eval"][key]["mean"] for x in each] for key in each[0]["eval"]}
+    figures = {
+        key: {"mean": statistics.fmean(x), "spread": statistics.stdev(x) if len(x) > 1 else 0.0, "values": x}
+        for key, x in values.items()
+    }
+    folders, seconds = ([x[key][0] for x in each] for key in ("folders", "seconds"))
+    return {"name": name, "seeds": before["seeds"], "eval": figures, "seconds": seconds, "folders": folders}
+
+
+def on(name: str, model: str, **changes: Any) -> config.Run:
+    """The run that configs/NAME.py makes of a model, where its `get_config` takes one, with these fields in place of its own."""
+    return dataclasses.replace(runpy.run_path(str(CONFIGS / f"{name}.py"))["get_config"](model), **changes)

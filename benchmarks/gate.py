@@ -34,6 +34,7 @@ import numpy as np
 from benchmarks import frozen
 from benchmarks.common import claim, write
 from llm_jax import cli, model
+from llm_jax.card import code_version
 from llm_jax.data.documents import documents, open_sources
 from llm_jax.lifecycle.gate import judge, paired
 from llm_jax.lifecycle.scored import Scored
@@ -169,7 +170,13 @@ def judged(incumbent: frozen.Head, head: frozen.Head, weights: Any, chosen: np.n
 def trials(kind: str, seeds: Sequence[int]) -> list[dict[str, Any]]:
     """What became of these trials. Each is written down as it ends; those that are there are not done again."""
     path = frozen.FOLDER / "trials.jsonl"
-    setting = {"kind": kind, "flipped": FLIPPED, "withheld": WITHHELD, "margin": suite().checks[0].margin}
+    setting = {
+        "kind": kind,
+        "flipped": FLIPPED,
+        "withheld": WITHHELD,
+        "suite": suite().fingerprint(),
+        "code": code_version(),
+    }
     lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     known = {x["seed"]: x["found"] for x in lines if x["setting"] == setting}
     path.parent.mkdir(parents=True, exist_ok=True)

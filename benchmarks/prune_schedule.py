@@ -3,7 +3,7 @@
     pip install -e .
     python -m benchmarks.prune_schedule [--seeds 0 1 2]
 
-The start is configs/snippets_minilm.py; on a schedule it is configs/prune_magnitude.py; at once it is the same run, as long, with the weights
+The start is configs/snippets_minilm.py of the same seed; on a schedule it is configs/prune_magnitude.py; at once it is the same run, as long, with the weights
 gone before its first step. Then the pruned model is fine-tuned further, stopped and started again on the way, and exported: the zeros are counted.
 """
 
@@ -20,7 +20,7 @@ from safetensors.numpy import load_file
 
 from benchmarks import arms
 from benchmarks.common import claim, write
-from llm_jax import model, tree
+from llm_jax import config, model, tree
 from llm_jax.interop import huggingface
 from llm_jax.loop import train
 from llm_jax.transforms import prune
@@ -61,16 +61,22 @@ def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     seeds = parser.parse_args().seeds
-    dense = arms.teacher()["eval"]["accuracy"]
-    gradual = arms.arm("prune_schedule", arms.load("prune_magnitude"), seeds)
-    once = arms.arm("prune_once", arms.load("prune_magnitude", transforms=(prune(SPARSITY),)), seeds)
-    values = gradual["eval"]["accuracy"]["values"]
-    lost = [dense - x for x in values]
+    starts = arms.arm("full", arms.load("snippets_minilm"), seeds)
+    gradual = arms.following("prune_schedule", lambda start: arms.on("prune_magnitude", start), starts)
+
+    def at_once(start: str) -> config.Run:
+        run = arms.on("prune_magnitude", start)
+        _, *others = run.transforms
+        return dataclasses.replace(run, transforms=(prune(SPARSITY), *others))
+
+    once = arms.following("prune_once", at_once, starts)
+    dense, values = starts["eval"]["accuracy"]["values"], gradual["eval"]["accuracy"]["values"]
+    lost = [a - b for a, b in zip(dense, values)]
     gain = [a - b for a, b in zip(values, once["eval"]["accuracy"]["values"])]
     counted = afterwards(gradual["folders"][0])
     exact = all(x == counted["run"] for x in counted.values())
     share = counted["run"][0] / counted["run"][1]
-    detail = {"dense": dense, "schedule": gradual["eval"], "once": once["eval"]}
+    detail = {"dense": starts["eval"], "schedule": gradual["eval"], "once": once["eval"]}
     cost, better = statistics.fmean(lost), statistics.fmean(gain)
     write(
         "prune_schedule",

@@ -11,17 +11,18 @@ soft classes, the direction of its last states (DistilBERT) and its states after
 
 from llm_jax.config import Batch, Checkpoint, Data, Eval, Optimizer, Run, Schedule
 from llm_jax.tasks import Classification
-from llm_jax.transforms import distil, shrink
+from llm_jax.transforms import distil, dropout, shrink
 
 
-def get_config() -> Run:
+def get_config(teacher: str = "runs/snippets_minilm") -> Run:
     return Run(
         name="distilbert_reviews",
-        start="runs/snippets_minilm",
+        start=teacher,
         transforms=(
             shrink(layers=(0, 2, 4)),
+            dropout(0.0),
             distil(
-                "runs/snippets_minilm",
+                teacher,
                 temperature=2.0,
                 soft=1.0,
                 task=0.0,

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
@@ -36,17 +37,44 @@ def parser_of(verb: str, function: Callable[..., Any], example: str) -> Parser:
 
 
 def report(result: Any, text: str, as_json: bool) -> None:
-    """Print the text, or the result as JSON."""
-    print(json.dumps(result, indent=1) if as_json else text)
+    """Print the text, or the result as JSON, which has no NaN and no infinity: null stands for them."""
+    print(json.dumps(_finite(result), indent=1, allow_nan=False) if as_json else text)
+
+
+def _finite(value: Any) -> Any:
+    """Plain data with None for each number that is not finite.
+
+    >>> _finite({"loss": float("nan"), "rows": [(1, 0.5, float("inf"))]})
+    {'loss': None, 'rows': [[1, 0.5, None]]}
+    """
+    if isinstance(value, dict):
+        return {key: _finite(x) for key, x in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(x) for x in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def config_arguments(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
-    """The words of a command line that are about a config, with the values that follow them, and the others."""
+    """The words of a command line that are about a config, with the values that follow them, and the others.
+
+    `--config` takes the next word, `--config.KEY` all up to the next option; with `=` they have their value already.
+
+    >>> print(*config_arguments(["--config=a.py", "production", "--config.data.sources", "x", "y", "--json"]))
+    ['--config=a.py', '--config.data.sources', 'x', 'y'] ['production', '--json']
+    >>> print(*config_arguments(["--config", "a.py", "production"]))
+    ['--config', 'a.py'] ['production']
+    """
     told: list[str] = []
     rest: list[str] = []
-    into = rest
+    name, values = "", rest
     for word in arguments:
         if word.startswith("-"):
-            into = told if word.split("=")[0] == "--config" or word.startswith("--config.") else rest
-        into.append(word)
+            name, equals, _ = word.partition("=")
+            into = told if name == "--config" or name.startswith("--config.") else rest
+            into.append(word)
+            values = rest if equals else into
+        else:
+            values.append(word)
+            if name == "--config":
+                values = rest
     return told, rest

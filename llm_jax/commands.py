@@ -288,8 +288,8 @@ def _cache(arguments: Sequence[str]) -> None:
     parser.add_argument("--k", type=int, default=32, help="tokens kept at each place, 32 by default")
     parser.add_argument("--temperature", type=float, default=1.0, help="by which logits are divided, 1 by default")
     parser.epilog = f"{parser.epilog}\n\n--config=FILE and --config.KEY=VALUE are those of train.py."
-    told = [a for a in arguments if a.startswith("--config")]
-    options = parser.parse_args([a for a in arguments if not a.startswith("--config")])
+    told, rest = config_arguments(arguments)
+    options = parser.parse_args(rest)
     from llm_jax import config, teachers
 
     header = teachers.cache(config.parse(told), options.teacher, options.out, options.k, options.temperature)

@@ -14,8 +14,9 @@ import jax
 import jax.numpy as jnp
 
 from llm_jax import card as cards
-from llm_jax import checkpoint, evaluate, flops, optim, processes, results, sharding, step
+from llm_jax import checkpoint, evaluate, flops, optim, processes, results, saved, sharding, step
 from llm_jax import log as logs
+from llm_jax import model as models
 from llm_jax.config import Run, show, to_dict
 from llm_jax.data.accounting import FIELDS, Accounting
 from llm_jax.data.pipeline import check_fingerprint
@@ -104,10 +105,22 @@ def _filled(there: Any, default: Any) -> Any:
     return {**json.loads(json.dumps(default)), **known}
 
 
+def _starts_from(start: str, parents: list[str]) -> bool:
+    """Whether a run's start is the checkpoint whose weights have this hash."""
+    try:
+        kind, path = models.locate(start)
+        return kind == "checkpoint" and [saved.params_hash(path)] == parents
+    except CheckpointError:  # fresh, or none that can be told by its card
+        return False
+
+
 def _check_continues(parts: Parts, card: cards.Card) -> None:
     """Raise unless the run continues the one with this card."""
     here = json.loads(json.dumps(to_dict(parts.run)))
-    different = _differences(_filled(card["config"], to_dict(Run(task=parts.run.task))), here)
+    there = _filled(card["config"], to_dict(Run(task=parts.run.task)))
+    if there["start"] != here["start"] and _starts_from(here["start"], card["parents"]):
+        there["start"] = here["start"]  # moved, or spelt otherwise
+    different = _differences(there, here)
     if different:
         raise CheckpointError(
             f"{parts.run.folder} holds a run of another config ({different[0]}): "

@@ -7,6 +7,7 @@ import dataclasses
 import json
 import os
 import re
+import shlex
 from collections.abc import Sequence
 from typing import Any
 
@@ -57,6 +58,11 @@ def folder_of(folder: str | Path = "") -> Path:
             f"{told}: a registry lies on a disk, since nothing can be appended to a file in a bucket: name a local folder"
         )
     return as_path(told).expanduser()
+
+
+def option(folder: Path) -> str:
+    """What a command needs to mean this registry: ` --registry=FOLDER`, or nothing where it is the default one."""
+    return "" if folder == folder_of() else f" --registry={shlex.quote(os.fspath(folder))}"
 
 
 def check_name(name: str) -> str:
@@ -113,7 +119,8 @@ def moves_of(folder: Path, name: str) -> list[Entry]:
     check_name(name)
     found = moves(folder)
     if not found:
-        raise CheckpointError(f"there is no name in the registry {folder}: python -m llm_jax promote {name} CHECKPOINT")
+        command = f"python -m llm_jax promote {name} CHECKPOINT{option(folder)}"
+        raise CheckpointError(f"there is no name in the registry {folder}: {command}")
     choose(f"name in the registry {folder}:", name, {entry["name"] for entry in found}, CheckpointError)
     return [entry for entry in found if entry["name"] == name]
 

@@ -36,7 +36,7 @@ Path = pathlib.Path
 
 
 class StorageError(UserError):
-    """A bucket that is not there, or that cannot be reached, read or written."""
+    """A bucket that is not there, or that cannot be reached, read or written; or a disk that refuses."""
 
 
 def is_remote(path: str | os.PathLike) -> bool:
@@ -237,8 +237,26 @@ def write_whole(path: Path, data: bytes) -> None:
         path.write_bytes(data)
         return
     fresh = path.with_name(f"{path.name}.part")
-    fresh.write_bytes(data)
-    fresh.replace(path)
+    try:
+        fresh.write_bytes(data)
+        fresh.replace(path)
+    except OSError:
+        with contextlib.suppress(OSError):  # what came first is told
+            fresh.unlink()
+        raise
+
+
+@contextlib.contextmanager
+def in_one_line(path: str | os.PathLike) -> Iterator[None]:
+    """What the system refuses while this lasts is the user's error, by the name of its file; where it tells none, of `path`.
+
+    Raises:
+        StorageError: instead of OSError.
+    """
+    try:
+        yield
+    except OSError as e:
+        raise StorageError(f"{e.filename2 or e.filename or os.fspath(path)}: {e.strerror or e}") from e
 
 
 def upload(folder: str, target: Path) -> None:

@@ -23,20 +23,26 @@ def split_spec(spec: str) -> tuple[str, str]:
 def holds(condition: str, value: Any) -> bool:
     """Whether the value of the condition's field is among its values, or lies in its range with both ends.
 
-    Text is compared by as many characters as a bound has, so that a year stands for all its dates; an end left empty is open.
+    Text is compared by as many characters as a bound has, so that a year stands for all its dates; an end left empty is open. No
+    condition holds for null, no range for an empty text.
 
     >>> [holds("date=1790..1945", x) for x in ("1789-12-31", "1790-01-08", "1945-01-06", "1946-01-21")]
     [False, True, True, False]
     >>> holds("stars=4..", 4.5), holds("genre=news,editorial", "romance")
     (True, False)
+    >>> holds("date=..1945", ""), holds("date=1946..", None), holds("genre=None", None)
+    (False, False, False)
     """
+    if value is None:
+        return False
     asked = condition.partition("=")[2]
     if ".." not in asked:
         return str(value) in asked.split(",")
     low, _, high = asked.partition("..")
     if isinstance(value, (int, float)):
         return (not low or value >= float(low)) and (not high or value <= float(high))
-    return (not low or str(value) >= low) and (not high or str(value)[: len(high)] <= high)
+    text = str(value)
+    return text != "" and text >= low and (not high or text[: len(high)] <= high)
 
 
 class Selected:

@@ -7,11 +7,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from llm_jax import flops, log, model
+from llm_jax import flops, log, model, program, sharding
 from llm_jax.config import Eval, Optimizer, Run
 from llm_jax.errors import ConfigError, choose
 from llm_jax.lifecycle.recipes import continued, retrained
 from llm_jax.models.config import ModelConfig
+from llm_jax.storage import in_one_line
 from llm_jax.transforms import grow_depth, lora
 
 REPLAY = {"new_only": 0.0, "replay_1": 0.01, "replay_5": 0.05, "replay_25": 0.25, "replay_50": 0.5}
@@ -25,14 +26,17 @@ FACTORS = Optimizer(name="adamw", learning_rate=2e-3)
 """of low rank: a recipe's rate is that of whole matrices"""
 
 
-def arms(recipe: Run, start: str, tokenizer: str, old: str, new: str, wanted: Sequence[str] = ARMS) -> dict[str, Run]:
+def arms(recipe: Run, start: str, tokenizer: str, old: str, new: str, wanted: Sequence[str] = ()) -> dict[str, Run]:
     """A run for each way to update a model, of as many operations as the recipe has.
 
     nothing; lora: factors of low rank, a quarter of the rows old; new_only, replay_1, replay_5, replay_25, replay_50: the whole model, with
     that share of old rows in hundredths; grown: half as deep again by layers that change nothing at first, as replay_5; union: fresh weights, all documents.
 
+    Args:
+        wanted: some of them; empty for all that can be made of the model.
+
     Raises:
-        ConfigError: an unknown arm, or a recipe without held-out documents.
+        ConfigError: an unknown arm, one that cannot be made of the model, or a recipe without held-out documents.
     """
     if not recipe.data.heldout:
         raise ConfigError("what is to be told of old and new text needs held-out documents: set data.heldout above 0")
@@ -44,15 +48,18 @@ def arms(recipe: Run, start: str, tokenizer: str, old: str, new: str, wanted: Se
     made["nothing"] = dataclasses.replace(made["new_only"], steps=0, transforms=(), eval=Eval(task=recipe.eval.task))
     made["lora"] = dataclasses.replace(made["replay_25"], transforms=(*recipe.transforms, lora(8)), optimizer=FACTORS)
     sizes = model.sizes(start)
-    if sizes.architecture != "encoder-decoder":
+    post_norm = sizes.norm_place == "post"  # where a layer that adds nothing still normalises
+    if sizes.architecture != "encoder-decoder" and not post_norm:
         deeper = grow_depth(sizes.layers + max(1, sizes.layers // 2), how="zero")
         made["grown"] = dataclasses.replace(made["replay_5"], transforms=(deeper, *recipe.transforms))
+    elif "grown" in wanted:
+        kind = "a post-norm model" if post_norm else "an encoder-decoder"
+        raise ConfigError(f"the arm grown cannot be made of {kind}: leave it out of --arms")
     made["union"] = retrained(recipe, start, tokenizer, old, new)
     whole = _work(sizes, recipe)
     return {
         name: _of_equal_work(made[name], whole / _work(_sizes(made[name], sizes), recipe))
-        for name in wanted
-        if name in made
+        for name in wanted or (name for name in ARMS if name in made)
     }
 
 
@@ -65,8 +72,9 @@ def _sizes(run: Run, start: ModelConfig) -> ModelConfig:
 
 
 def _work(sizes: ModelConfig, run: Run) -> float:
-    """Operations of a step."""
-    return flops.train_flops(sizes, {"tokens": (run.batch.size, run.batch.length)})
+    """Operations of a step on the rows of the run's task; what a transform adds to them is no work of the model."""
+    batch = program.abstract_batch(dataclasses.replace(run, transforms=()), sharding.make_mesh(run.mesh))
+    return flops.train_flops(sizes, {name: x.shape for name, x in batch.items()})
 
 
 def _of_equal_work(run: Run, factor: float) -> Run:
@@ -117,23 +125,25 @@ def attempt(name: str, run: Run, old: str, new: str, folder: Path, seeds: Sequen
 
 
 def advise(
-    recipe: Run, start: str, old: str, new: str, out: Path, seeds: Sequence[int] = (0,), wanted: Sequence[str] = ARMS
+    recipe: Run, start: str, old: str, new: str, out: Path, seeds: Sequence[int] = (0,), wanted: Sequence[str] = ()
 ) -> list[Tried]:
     """Try each arm; advice.json and advice.png in `out`, and the arms' runs below it. The least mean of both losses comes first.
 
     Raises:
-        UserError: whatever a run raises.
+        UserError: whatever a run raises, or a folder that cannot be written.
     """
-    out.mkdir(parents=True, exist_ok=True)
     tokenizer = model.read_tokenizer(start)
     if tokenizer is None:
         raise ConfigError(f"{start} has no tokenizer")
-    tokenizer.save(out / "tokenizer")
+    with in_one_line(out):
+        out.mkdir(parents=True, exist_ok=True)
+        tokenizer.save(out / "tokenizer")
     planned = arms(recipe, start, str(out / "tokenizer"), old, new, wanted)
     tried = [attempt(name, run, old, new, out, seeds) for name, run in planned.items()]
     tried.sort(key=lambda x: statistics.fmean(x.average))
-    (out / "advice.json").write_text(json.dumps([dataclasses.asdict(x) for x in tried], indent=1), encoding="utf-8")
-    draw(tried, out / "advice.png")
+    with in_one_line(out):
+        (out / "advice.json").write_text(json.dumps(to_dict(tried), indent=1), encoding="utf-8")
+        draw(tried, out / "advice.png")
     return tried
 
 

@@ -123,7 +123,9 @@ def _gate(arguments: Sequence[str]) -> None:
     )
     parser.add_argument("--suite", required=True, help="Python file with get_suite()")
     parser.add_argument(
-        "--registry", default="", help="where the verdict is filed; by default LLM_JAX_REGISTRY, else registry"
+        "--registry",
+        default="",
+        help="of registry:NAME, and where the verdict is filed; by default LLM_JAX_REGISTRY, else registry",
     )
     options = parser.parse_args(arguments)
     from llm_jax.lifecycle import gate
@@ -131,7 +133,8 @@ def _gate(arguments: Sequence[str]) -> None:
     from llm_jax.lifecycle.suite import load_suite
 
     suite, registry = load_suite(options.suite), Registry(options.registry)
-    verdict = gate.gate(options.candidate, options.against, suite)
+    incumbent = None if options.against is None else registry.locate(options.against)
+    verdict = gate.gate(registry.locate(options.candidate), incumbent, suite)
     registry.record_gate(verdict)
     report(verdict, gate.told(verdict), options.json)
     if not verdict["passed"]:
@@ -156,7 +159,7 @@ def _advise(arguments: Sequence[str]) -> None:
     parser.add_argument("--new", required=True, help="source of what is new")
     parser.add_argument("--out", required=True, help="folder for the arms' runs, advice.json and advice.png")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
-    parser.add_argument("--arms", nargs="+", default=[], help="some of them; all by default")
+    parser.add_argument("--arms", nargs="+", default=[], help="some of them; by default all that can be made")
     told, rest = config_arguments(arguments)
     options = parser.parse_args(rest)
     from llm_jax import config
@@ -170,7 +173,7 @@ def _advise(arguments: Sequence[str]) -> None:
         options.new,
         as_path(options.out),
         options.seeds,
-        options.arms or advise.ARMS,
+        options.arms,
     )
     report(advise.to_dict(found), advise.told(found), options.json)
 

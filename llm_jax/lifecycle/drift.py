@@ -148,8 +148,15 @@ def judge(old: Sample, new: Sample, by: str = "", group: str = "", limits: Limit
     Documents that share the value of the field `group` count as one: they are not independent.
 
     Raises:
-        DataError: a field that is not there, or fewer than 10 documents on a side.
+        DataError: a field that is not there, fewer than 10 documents on a side, or a loss that is no number.
     """
+    for name, sample in (("old", old), ("new", new)):
+        at = np.flatnonzero(~np.isfinite(sample.scored.loss))
+        if len(at):
+            raise DataError(
+                f"the model gives no number for {len(at)} documents of {name}, {sample.scored.records[at[0]]['id']} first: "
+                "it can tell no drift"
+            )
     whole = _predicts_all(old) and _predicts_all(new)
     units = [together(sample, group) if group else sample for sample in (old, new)]
     for name, sample in zip(("old", "new"), units):

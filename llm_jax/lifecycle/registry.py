@@ -58,6 +58,11 @@ class Registry:
         """What a name stands for now. Raises CheckpointError where it is unknown, or its model is gone or another one."""
         return names.resolve(name, self.folder)
 
+    def locate(self, path: str | Path) -> str:
+        """A model's place: of `registry:NAME` what the name stands for here, any other as it is. Raises as `resolve`."""
+        given = os.fspath(path)
+        return str(self.resolve(given.removeprefix(names.PREFIX)).path) if given.startswith(names.PREFIX) else given
+
     def gates(self) -> list[dict[str, Any]]:
         """All verdicts, the first first."""
         return names.read_lines(self.folder / GATES, ("id", *VERDICT))
@@ -98,8 +103,7 @@ class Registry:
         if force and not why.strip():
             raise RegistryError("--force needs --why='...': what is promoted past the gate has its reason on file")
         given = str(checkpoint)
-        local = given.startswith(names.PREFIX)
-        path = self.resolve(given.removeprefix(names.PREFIX)).path if local else saved.find(storage.as_path(checkpoint))
+        path = saved.find(storage.as_path(self.locate(checkpoint)))
         content = saved.params_hash(path)
         with _locked(self.folder):
             before = next((entry for entry in reversed(self.moves()) if entry["name"] == name), None)
@@ -109,7 +113,8 @@ class Registry:
             stands = None if before is None else before["hash"]
             verdict = _latest(self.gates(), content, stands)
             if not force and not (verdict and verdict["passed"]):
-                raise RefusedError(_refusal(name, given, stands, verdict, _latest(self.gates(), content)))
+                other = _latest(self.gates(), content)
+                raise RefusedError(_refusal(name, given, stands, verdict, other, names.option(self.folder)))
             model = _keep(path, content, self.folder)
             entry = {"name": name, "action": "promote", "hash": content, "path": given, "model": model, "from": stands}
             judged = {"gate": verdict and verdict["id"], "forced": not (verdict and verdict["passed"])}
@@ -171,9 +176,10 @@ def _latest(verdicts: Sequence[dict[str, Any]], candidate: str, incumbent: str |
     return next(wanted, None)
 
 
-def _refusal(name: str, path: str, stands: str | None, verdict: Any, other: Any) -> str:
-    """Why a model may not take a name, and what to do."""
-    again = f"python -m llm_jax gate {path}" + (f" --against={names.PREFIX}{name}" if stands else "") + " --suite=FILE"
+def _refusal(name: str, path: str, stands: str | None, verdict: Any, other: Any, option: str) -> str:
+    """Why a model may not take a name, and what to do; `option` names the registry to a command."""
+    against = f" --against={names.PREFIX}{name}" if stands else ""
+    again = f"python -m llm_jax gate {path}{against} --suite=FILE{option}"
     past = "or promote it with --force --why='...'"
     if verdict:
         reasons = "; ".join(verdict["reasons"][:3]) or "no reason given"

@@ -12,7 +12,7 @@ from llm_jax.lifecycle.lineage import Lineage
 from llm_jax.lifecycle.page import Life, Version, render
 from llm_jax.lifecycle.registry import Registry
 from llm_jax.models import transformer
-from llm_jax.storage import Path, as_path, write_whole
+from llm_jax.storage import Path, as_path, in_one_line, write_whole
 
 
 def report(name: str, out: str | Path, registry: Registry, folders: Sequence[str | Path] = ()) -> Life:
@@ -26,8 +26,9 @@ def report(name: str, out: str | Path, registry: Registry, folders: Sequence[str
     """
     life = collect(name, registry, folders)
     out = as_path(out)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(out, render(life).encode())
+    with in_one_line(out):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(out, render(life).encode())
     return life
 
 

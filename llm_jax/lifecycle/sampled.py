@@ -1,6 +1,8 @@
 """Documents as the tests of drift see them: what a model makes of each, its tokens, and its runs of characters."""
 
 import dataclasses
+import itertools
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,8 +13,10 @@ from llm_jax.config import Batch, Data
 from llm_jax.data.tokenizer import Tokenizer
 from llm_jax.errors import DataError, choose
 from llm_jax.lifecycle import two_samples
-from llm_jax.lifecycle.scored import Scored, score_documents
+from llm_jax.lifecycle.scored import Scored, join_scored, score_documents
 from llm_jax.model import Model
+
+log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,17 +39,8 @@ class Sample:
 
 def join(*samples: Sample) -> Sample:
     """The documents of several samples, one after the other."""
-    scored = [sample.scored for sample in samples]
-    answers = [s.correct for s in scored if s.correct is not None]
-    joined = Scored(
-        [record for s in scored for record in s.records],
-        np.concatenate([s.loss for s in scored]),
-        np.concatenate([s.weight for s in scored]),
-        np.concatenate([s.bytes for s in scored]),
-        np.concatenate(answers) if len(answers) == len(scored) else None,
-    )
     tokens, grams = (scipy.sparse.vstack([getattr(s, name) for s in samples], "csr") for name in ("tokens", "grams"))
-    return Sample(joined, tokens, grams)
+    return Sample(join_scored(*(sample.scored for sample in samples)), tokens, grams)
 
 
 def together(sample: Sample, field: str) -> Sample:
@@ -84,11 +79,23 @@ def describe(scored: Scored, tokenizer: Tokenizer, data: Data, characters: int) 
     return Sample(scored, tokens, two_samples.grams([text[:characters] for text in texts]))
 
 
-def _fresh(data: Data, sources: tuple[str, ...]) -> Data:
-    """The data whose held-out documents are those of these sources that a run on the data was not trained on."""
-    if data.heldout and not data.heldout_sources and set(sources) <= set(data.sources):
+def _fresh(data: Data, sources: tuple[str, ...], known: bool) -> Data:
+    """The data whose held-out documents are those of these sources that a run on the data was not trained on; of unknown sources, all."""
+    if known and data.heldout and not data.heldout_sources:
         return dataclasses.replace(data, sources=sources, weights=())
+    if known:
+        log.warning(
+            "the model's run held out nothing of %s: it may remember what it is measured on", ", ".join(sources)
+        )
     return dataclasses.replace(data, heldout_sources=sources, group="")
+
+
+def _score(loaded: Model, task: Any, data: Data, batch: Batch, sources: Sequence[str]) -> Scored:
+    """The fresh documents of the sources, in their order: those that the run knows apart from others, for each kind is read otherwise."""
+    parts = itertools.groupby(sources, lambda source: source in data.sources)
+    return join_scored(
+        *(score_documents(loaded, task, _fresh(data, tuple(some), known), batch) for known, some in parts)
+    )
 
 
 def measure(
@@ -97,11 +104,12 @@ def measure(
     """The documents of the sources old and of the sources new as a model finds them.
 
     Of a source that the model was trained on, by the name that its run has for it, those that were held out: of others it remembers something.
+    Where none were, all are read, and a warning says so.
 
     Raises:
         UserError: as `score_documents`.
     """
-    sides = [score_documents(loaded, task, _fresh(data, tuple(sources)), batch) for sources in (old, new)]
+    sides = [_score(loaded, task, data, batch, sources) for sources in (old, new)]
     assert loaded.tokenizer is not None
     # As many characters of a document on both sides, so that its length is not what the classifier sees.
     lengths = [[len(r[data.text]) for r in scored.records if isinstance(r.get(data.text), str)] for scored in sides]

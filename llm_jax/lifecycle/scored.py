@@ -53,6 +53,20 @@ class Scored:
         return float(self.loss.sum() / self.weight.sum())
 
 
+def join_scored(*parts: Scored) -> Scored:
+    """The documents of several, one after the other; answers only where all have them."""
+    answers = [part.correct for part in parts if part.correct is not None]
+    all_answered = len(answers) == len(parts)
+    return Scored(
+        [record for part in parts for record in part.records],
+        np.concatenate([part.loss for part in parts]),
+        np.concatenate([part.weight for part in parts]),
+        np.concatenate([part.bytes for part in parts]),
+        np.concatenate(answers) if all_answered else None,
+        tuple(said for part in parts for said in part.said) if all_answered else (),
+    )
+
+
 @dataclasses.dataclass(frozen=True)
 class _ByToken:
     """A task of tokens judged document by document: the same objective, and its sum for each document."""

@@ -50,6 +50,10 @@ class Check:
         positive(self, "check", "slice_margin", least=0)
         if not self.margin > 0:
             raise ConfigError(f"check.margin of {self.name!r} is {self.margin!r}: it must be above 0")
+        if self.metric == "bits" and self.data.long == "truncate":
+            raise ConfigError(
+                f"check.data.long of {self.name!r} is 'truncate': bits a byte of text are of all of it: 'split'"
+            )
         for field in self.slices:
             if not re.fullmatch(r"[^:]+(:[1-9]\d*)?", field):
                 raise ConfigError(f"check.slices of {self.name!r} has {field!r}: it must be FIELD, or FIELD:N")

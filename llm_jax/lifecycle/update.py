@@ -22,6 +22,7 @@ from llm_jax.lifecycle import gate as gates
 from llm_jax.lifecycle.recipes import continued
 from llm_jax.lifecycle.registry import RefusedError, Registry
 from llm_jax.lifecycle.suite import load_suite
+from llm_jax.storage import in_one_line
 
 
 class BusyError(UserError):
@@ -66,9 +67,10 @@ def update(
 
     Raises:
         BusyError: another update of this name is under way.
-        UserError: whatever the stages raise.
+        UserError: whatever the stages raise, or a disk that refuses: never an OSError, whose status would tell of a refused model.
     """
-    with _alone(registry.folder / "updates" / f"{name}.lock", name):
+    registry.history(name)  # an unknown name, or one that is none, makes no folder
+    with in_one_line(registry.folder), _alone(registry.folder / "updates" / f"{name}.lock", name):
         incumbent = registry.resolve(name)
         asked: dict[str, Any] = {
             "name": name,
@@ -80,23 +82,27 @@ def update(
             "replay": replay,
             "force": force,
         }
-        stages = _Stages(_folder(registry.folder / "updates" / name, asked))
-        asked = stages.once("asked", lambda: {**asked, "path": str(incumbent.path)})
-        found = stages.once("drift", lambda: dataclasses.asdict(drifts.drift(asked["path"], [old], [new])))
+        stages = _Stages(_folder(registry.folder.absolute() / "updates" / name, asked))
+        start = _kept(registry, name, stages.once("asked", lambda: asked)["incumbent"])
+        found = stages.once("drift", lambda: dataclasses.asdict(drifts.drift(start, [old], [new])))
         if found["verdict"] == "leave" and not force:
             return stages.end("left", found["why"])
         if found["verdict"] == "retrain" and not force:
             return stages.end("retrain", found["why"])
-        run = continued(recipe, asked["path"], old, new, replay)
+        run = continued(recipe, start, old, new, replay)
         run = dataclasses.replace(run, name=f"{name}_{stages.folder.name}", workdir=str(stages.folder / "run"))
-        trained = stages.once("trained", lambda: _trained(run))
-        verdict = stages.once("gate", lambda: _gated(trained["folder"], asked["path"], suite, registry))
+        stages.once("trained", lambda: _trained(run))
+        verdict = stages.once("gate", lambda: _gated(str(run.folder), start, suite, registry))
         if not verdict["passed"]:
             return stages.end("refused", "; ".join(verdict["reasons"]))
         try:
-            stages.once("promoted", lambda: _promoted(registry, name, trained["folder"], found["why"]))
+            made = stages.once("promoted", lambda: _promoted(registry, name, str(run.folder), found["why"]))
         except RefusedError as e:  # the name has moved since
             return stages.end("refused", str(e))
+        if incumbent.hash != made["hash"] and registry.resolve(name).hash != made["hash"]:
+            return stages.end(
+                "refused", f"{name!r} stood at what this update made, {made['hash'][:16]}, and was moved back since"
+            )
         return stages.end("promoted", found["why"])
 
 
@@ -108,6 +114,12 @@ def _folder(updates: Path, asked: dict[str, Any]) -> Path:
         if made == asked["incumbent"] and all(before[key] == x for key, x in asked.items() if key != "incumbent"):
             return done.parent
     return updates / hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def _kept(registry: Registry, name: str, content: str) -> str:
+    """Where a version that the name stood for lies, by the registry as it is found now: it may have been moved since a stage was done."""
+    model = next(move["model"] for move in registry.history(name) if move["hash"] == content)
+    return str(registry.folder.absolute() / model)
 
 
 class _Stages:
@@ -137,7 +149,7 @@ def _trained(run: Run) -> dict[str, Any]:
     from llm_jax.loop import train
 
     result = train(run)
-    return {"folder": str(run.folder), "steps": result["steps"], "eval": result["eval"], "flops": result["flops"]}
+    return {"steps": result["steps"], "eval": result["eval"], "flops": result["flops"]}
 
 
 def _gated(candidate: str, incumbent: str, suite: str, registry: Registry) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from llm_jax.transforms.anchor import anchor, fisher
 from llm_jax.transforms.base import IDENTITY, Calibration, Transform, chain
 from llm_jax.transforms.distil import cached, distil
+from llm_jax.transforms.dropout import dropout
 from llm_jax.transforms.extend_vocabulary import extend_vocabulary, pieces_of
 from llm_jax.transforms.grow_depth import grow_depth
 from llm_jax.transforms.grow_width import grow_width
@@ -28,6 +29,7 @@ __all__ = [
     "chain",
     "densify",
     "distil",
+    "dropout",
     "extend_vocabulary",
     "fisher",
     "grow_depth",

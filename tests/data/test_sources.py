@@ -501,6 +501,19 @@ def test_the_records_of_a_field(folder):
         part[4]
 
 
+def test_what_has_no_value_is_in_no_range(folder):
+    rows = [{"text": f"t{i}", "date": date} for i, date in enumerate((None, "", "1790-01-08", "None"))]
+    put("a.jsonl", "\n".join(map(json.dumps, rows)))
+
+    def found(condition: str) -> list[str]:
+        return [record["text"] for record in every(open_source(f"jsonl:a.jsonl#{condition}", Data()))]
+
+    assert found("date=1946..") == ["t3"]  # as text, N is above 1
+    assert found("date=..1945") == ["t2"]
+    assert found("date=None") == ["t3"]
+    assert found("date=1790-01-08,") == ["t1", "t2"]  # an empty text can be asked for
+
+
 @pytest.mark.parametrize(
     ("condition", "said"),
     [

@@ -3,7 +3,9 @@
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
+import jax
 import pytest
 
 from llm_jax import cli, flops, model
@@ -12,8 +14,9 @@ from llm_jax.errors import ConfigError
 from llm_jax.lifecycle import advise
 from llm_jax.lifecycle.recipes import continued, retrained
 from llm_jax.loop import train
+from llm_jax.models import transformer
 from llm_jax.models.config import ModelConfig
-from llm_jax.tasks import NextToken
+from llm_jax.tasks import MaskedToken, NextToken, SpanCorruption
 
 
 @pytest.fixture(scope="module")
@@ -79,6 +82,28 @@ def test_every_arm_has_the_operations_of_the_recipe(base: Run):
     unsplit = dataclasses.replace(base, data=dataclasses.replace(base.data, heldout=0.0))
     with pytest.raises(ConfigError, match="needs held-out documents"):
         advise.arms(unsplit, str(base.folder), "tokenizer", *sources(base))
+
+
+@pytest.mark.parametrize(
+    ("sizes", "task", "kind"),
+    [
+        (dict(architecture="encoder-decoder"), SpanCorruption(), "an encoder-decoder"),
+        (dict(architecture="encoder", head="mlm", norm_place="post"), MaskedToken(), "a post-norm model"),
+    ],
+)
+def test_what_cannot_be_grown_has_the_other_arms(base: Run, tmp_path: Path, sizes: dict, task: Any, kind: str):
+    """Of as many operations as the recipe too, on the rows of its task."""
+    assert base.model is not None
+    other = base.model.replace(vocab_size=600, **sizes)
+    tokenizer = model.read_tokenizer(base.folder)
+    start = str(tmp_path / "start")
+    model.save(model.Model(other, transformer.init(other, jax.random.key(0)), tokenizer), start)
+    recipe = dataclasses.replace(base, task=task, model=None)
+    made = advise.arms(recipe, start, "tokenizer", *sources(base))
+    assert set(made) == set(advise.ARMS) - {"grown"}
+    assert {run.steps for name, run in made.items() if name not in ("nothing", "lora")} == {recipe.steps}
+    with pytest.raises(ConfigError, match=f"the arm grown cannot be made of {kind}: leave it out of --arms"):
+        advise.arms(recipe, start, "tokenizer", *sources(base), wanted=["nothing", "grown"])
 
 
 def test_an_advice(base: Run, tmp_path: Path):

@@ -20,6 +20,7 @@ from llm_jax.evaluate import saved_run
 from llm_jax.lifecycle import two_samples
 from llm_jax.lifecycle.drift import Limits, judge
 from llm_jax.lifecycle.sampled import Sample, join, measure, together
+from llm_jax.lifecycle.scored import Scored, join_scored
 from llm_jax.models import transformer
 from llm_jax.models.config import ModelConfig
 from llm_jax.tasks import Classification, NextToken
@@ -271,6 +272,34 @@ def test_pieces_of_a_text_are_one_document(samples):
     assert alone.slices[0].loss == judge(old, samples["later"], limits=FAST).slices[0].loss
 
 
+def test_each_source_is_read_by_what_the_run_held_out_of_it(folder, caplog):
+    """Of a known source what was held out, also beside others; where nothing was, all of it with a warning."""
+    loaded = model.load(folder / "run")
+    task, data, batch = saved_run(loaded.card, "run")
+    train, old, same = (f"jsonl:{folder}/{name}.jsonl" for name in ("train", "old", "same"))
+
+    def read(data: Data, *sources: str) -> list[tuple[str, int]]:
+        of = [record["source"] for record in measure(loaded, task, data, batch, sources, [same])[0].scored.records]
+        return [(source, len(list(each))) for source, each in itertools.groupby(of)]
+
+    assert read(data, old, train, same) == [(old, 80), (train, 20), (same, 80)]
+    assert not caplog.messages
+    apart = dataclasses.replace(data, sources=(old,), heldout_sources=(same,))
+    assert read(apart, old, same) == [(old, 80), (same, 80)]
+    assert caplog.messages == [f"the model's run held out nothing of {old}: it may remember what it is measured on"]
+
+
+def test_joined_figures_keep_their_answers():
+    def some(*said: str) -> Scored:
+        figures = [np.arange(2.0) for _ in range(3)]
+        return Scored([{"id": i} for i in range(2)], *figures, np.ones(2) if said else None, said)
+
+    both = join_scored(some("yes", "no"), some("no", "no"))
+    assert both.said == ("yes", "no", "no", "no") and both.correct is not None and len(both.correct) == 4
+    mixed = join_scored(some("yes", "no"), some())
+    assert mixed.said == () and mixed.correct is None and len(mixed) == 4
+
+
 def dated(sample: Sample, year: int) -> Sample:
     """Two documents as if of a year."""
     few = sample[np.array([year % 80, year % 70])]
@@ -293,6 +322,17 @@ def test_classes_are_judged_by_example(folder, samples):
     assert found.verdict == "leave"
     assert all(s.bits is None and s.accuracy is not None for s in found.slices) and len(found.slices) == 6
     assert "accuracy" in str(found) and "bits a byte" not in str(found)
+
+
+def test_a_model_that_blew_up_tells_no_drift(samples):
+    new = samples["later"]
+    loss = np.where(np.arange(len(new)) < 78, new.scored.loss, [np.nan, np.inf] * (len(new) // 2))
+    broken = dataclasses.replace(new, scored=dataclasses.replace(new.scored, loss=loss))
+    first = new.scored.records[78]["id"]
+    with pytest.raises(DataError, match=f"no number for 2 documents of new, {first} first: it can tell no drift$"):
+        judge(samples["old"], broken, limits=FAST)
+    with pytest.raises(DataError, match="no number for 2 documents of old"):
+        judge(broken, samples["old"], limits=FAST)
 
 
 # --- what a user sees

@@ -16,7 +16,7 @@ from llm_jax.data.tokenizer import load_tokenizer
 from llm_jax.errors import UserError
 from llm_jax.lifecycle import gate as gates
 from llm_jax.lifecycle.registry import Registry
-from llm_jax.lifecycle.scored import score_documents
+from llm_jax.lifecycle.scored import Scored, score_documents
 from llm_jax.lifecycle.suite import Check, Limits, Suite
 from llm_jax.models import transformer
 from llm_jax.models.config import ModelConfig
@@ -137,7 +137,7 @@ def test_limits(saved: Path, suite: Suite):
     found = {x["name"]: x for x in verdict["limits"]}
     sizes = [sum(x.nbytes for x in jax.tree.leaves(model.load(saved / name).params)) for name in ("deep", "old")]
     assert found["size"]["value"] == pytest.approx(sizes[0] / sizes[1]) and not found["size"]["passed"]
-    assert found["latency"]["value"] > 1.2 and not found["memory"]["passed"] and not found["parameters"]["passed"]
+    assert found["latency"]["value"] > 1.05 and not found["memory"]["passed"] and not found["parameters"]["passed"]
     assert any(reason.startswith("size: ") for reason in verdict["reasons"])
 
 
@@ -149,17 +149,36 @@ def test_without_an_incumbent_bounds_are_judged(saved: Path, suite: Suite):
         assert verdict["incumbent"] is None and verdict["passed"] == passed
 
 
+def write_suite(suite: Suite, path: Path) -> None:
+    """A suite's file with a check on its source."""
+    (source,) = suite.checks[0].data.heldout_sources
+    path.write_text(
+        "from llm_jax.config import Batch, Data\nfrom llm_jax.lifecycle.suite import Check, Suite\nfrom llm_jax.tasks import NextToken\n"
+        f"def get_suite():\n    data = Data(sources=({source!r},), heldout_sources=({source!r},))\n"
+        "    return Suite((Check('text', NextToken(), data, 0.05, batch=Batch(size=8, length=64), group='address', bound=7.0),))\n"
+    )
+
+
+def test_names_are_those_of_the_registry_that_is_asked(saved: Path, suite: Suite, tmp_path: Path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_suite(suite, tmp_path / "suite.py")
+    for folder, name in (("registry", "deep"), ("other", "old")):
+        Registry(folder).promote("production", saved / name, force=True, why="a test")
+    asked = ["--suite=suite.py", "--registry=other", "--json"]
+    assert cli.main(["gate", str(saved / "near"), "--against=registry:production", *asked]) == 0
+    old = Registry("other").resolve("production").hash
+    assert json.loads(capsys.readouterr().out)["incumbent"] == old
+    assert cli.main(["gate", "registry:production", *asked]) == 0
+    assert json.loads(capsys.readouterr().out)["candidate"] == old
+    assert len(Registry("other").gates()) == 2 and not Registry().gates()
+
+
 def test_the_command_and_what_it_leaves(
     saved: Path, suite: Suite, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch
 ):
     """Status 0 and 1; the verdict is on file, and `promote` goes by it."""
     monkeypatch.chdir(tmp_path)
-    (source,) = suite.checks[0].data.heldout_sources
-    (tmp_path / "suite.py").write_text(
-        "from llm_jax.config import Batch, Data\nfrom llm_jax.lifecycle.suite import Check, Suite\nfrom llm_jax.tasks import NextToken\n"
-        f"def get_suite():\n    data = Data(sources=({source!r},), heldout_sources=({source!r},))\n"
-        "    return Suite((Check('text', NextToken(), data, 0.05, batch=Batch(size=8, length=64), group='address', bound=7.0),))\n"
-    )
+    write_suite(suite, tmp_path / "suite.py")
     old, near, damaged = (str(saved / name) for name in ("old", "near", "damaged"))
     assert cli.main(["promote", "production", old]) == 2
     assert "was never gated" in capsys.readouterr().err
@@ -185,6 +204,7 @@ def test_checks_that_do_not_fit_the_models(saved: Path, suite: Suite):
     for changes, message in (
         (dict(metric="accuracy"), "a task without classes has no accuracy"),
         (dict(slices=("film",)), "no field 'film' to slice by; it has"),
+        (dict(group="adress"), "unknown check 'text': group 'adress'; did you mean 'address'"),
         (dict(task=Classification(labels=("a", "b"))), "head"),
     ):
         wrong = Suite((dataclasses.replace(check, **changes),))
@@ -212,6 +232,29 @@ def test_a_single_group_cannot_be_told(saved: Path, suite: Suite):
     assert "unknown" in gates.told(verdict)
     json.dumps(verdict, allow_nan=False)
     assert gates.gate(str(saved / "old"), str(saved / "old"), one)["passed"]
+
+
+def test_documents_of_no_group_stay_alone():
+    records = [{"id": str(i), "film": film} for i, film in enumerate(("a", None, "a", None, "None"))]
+    scored = Scored(records, np.ones(5), np.ones(5), np.ones(5))
+    numbers = gates._groups(Check("x", NextToken(), Data(), 1.0, group="film"), scored)
+    assert numbers is not None and len(set(numbers)) == 4 and numbers[0] == numbers[2]
+
+
+def test_a_model_that_reads_less_is_not_better(saved: Path, suite: Suite, tmp_path: Path):
+    """Rows that one of the models cannot hold are cut for it alone: losses of different tokens are not compared."""
+    old = model.load(saved / "old")
+    sizes = SIZES.replace(positions="learned", max_length=64)
+    params = transformer.init(sizes, jax.random.key(0))
+    cut = {**params, "embed": {**params["embed"], "positions": params["embed"]["positions"][:16]}}
+    model.save(model.Model(sizes, params, old.tokenizer), tmp_path / "long")
+    model.save(model.Model(sizes.replace(max_length=16), cut, old.tokenizer), tmp_path / "short")
+    check = suite.checks[0]
+    cutting = dataclasses.replace(check, data=dataclasses.replace(check.data, long="truncate"))
+    with pytest.raises(UserError, match="the incumbent predicts 64 tokens, the candidate 16: set data.long='split'"):
+        gates.gate(str(tmp_path / "short"), str(tmp_path / "long"), Suite((cutting,)))
+    (row,) = gates.gate(str(tmp_path / "short"), str(tmp_path / "long"), suite)["rows"]
+    assert np.isfinite(row["difference"])
 
 
 def test_one_program_is_not_timed(saved: Path, suite: Suite, monkeypatch: pytest.MonkeyPatch):

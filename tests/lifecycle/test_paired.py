@@ -6,7 +6,7 @@ import scipy.stats
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llm_jax.lifecycle.paired import compare
+from llm_jax.lifecycle.paired import _most, compare
 
 
 def drawn(seed: int, count: int = 60) -> tuple[np.ndarray, np.ndarray]:
@@ -73,6 +73,56 @@ def test_the_bound_moves_with_the_candidate(seed: int, shift: float):
     a, b = drawn(seed)
     low, high = compare(a, b, np.ones(60)).interval(0.05)
     assert compare(a, b + shift, np.ones(60)).interval(0.05) == pytest.approx((low + shift, high + shift))
+
+
+@pytest.mark.parametrize("count, margin", [(10, 0.05), (10, 0.3), (30, 0.05), (60, 0.035)])
+@pytest.mark.parametrize("gained", [0.0, 0.05, 0.3])
+def test_flips_of_the_margin_pass_at_the_level_at_most(count: int, margin: float, gained: float):
+    """Over all numbers of documents lost and gained, by their exact chances: of candidates that lost the margin 5% pass at most."""
+    passing = 0.0
+    for n in range(count + 1):
+        for lost in range(n + 1):
+            chance = scipy.stats.multinomial.pmf(
+                [lost, n - lost, count - n], count, [margin + gained, gained, 1 - margin - 2 * gained]
+            )
+            if chance < 1e-7:
+                continue
+            d = np.repeat([1.0, -1.0, 0.0], [lost, n - lost, count - n])
+            before = (d < 0).astype(float)
+            found = compare(before, before + d, np.ones(count))
+            passing += chance * (found.interval(0.05)[1] < margin)
+    assert passing <= 0.05
+
+
+def test_the_bounds_of_flips():
+    """Of documents that were lost alone, Wilson's with continuity correction; of many documents, Student's."""
+    z = float(scipy.stats.norm.ppf(0.95))
+    for lost, count in ((0, 30), (1, 10), (7, 60)):
+        wilson = scipy.stats.binomtest(lost, count).proportion_ci(0.9, "wilsoncc").high
+        assert _most(lost, 0, count, z) == pytest.approx(wilson)
+    rng = np.random.default_rng(0)
+    d = rng.choice([1.0, -1.0, 0.0], 20_000, p=[0.05, 0.04, 0.91])
+    before = (d < 0).astype(float)
+    flips, mean = compare(before, before + d, np.ones(20_000)), compare(before + 1e-9, before + d, np.ones(20_000))
+    assert flips.flips is not None and mean.flips is None
+    assert flips.interval(0.05) == pytest.approx(mean.interval(0.05), abs=5e-5)
+    assert flips.p_worse() == pytest.approx(mean.p_worse(), rel=0.1)
+
+
+def test_flips_in_groups_count_as_their_groups():
+    """Each document four times, in groups of four: the bounds of each once, but for the degrees of freedom; no flip in few groups tells little."""
+    rng = np.random.default_rng(1)
+    d = rng.choice([1.0, -1.0, 0.0], 200, p=[0.1, 0.05, 0.85])
+    before = (d < 0).astype(float)
+    once = compare(before, before + d, np.ones(200))
+    four, groups = np.repeat(d, 4), np.repeat(np.arange(200), 4)
+    start = np.repeat(before, 4)
+    assert compare(start, start + four, np.ones(800), groups).interval(0.05) == pytest.approx(
+        once.interval(0.05), abs=1e-3
+    )
+    none = compare(np.ones(100), np.ones(100), np.ones(100), np.arange(100) // 10)
+    assert none.flips is not None and none.flips[2] == 10 and none.interval(0.05)[1] > 0.2
+    assert compare(np.ones(9), np.ones(9), np.ones(9), np.zeros(9, int)).interval(0.05) == (-np.inf, np.inf)
 
 
 def test_a_loss_of_the_margin_passes_at_the_level():

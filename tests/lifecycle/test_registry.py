@@ -118,7 +118,7 @@ def test_it_is_a_stack_for_each_name(asked: list[tuple[str, int | None]], tmp_pa
     assert registry.names() == [name for name in "xy" if stacks[name]]
 
 
-def test_what_did_not_pass_is_refused(registry: Registry, made: dict[str, Path]):
+def test_what_did_not_pass_is_refused(registry: Registry, made: dict[str, Path], monkeypatch: pytest.MonkeyPatch):
     (a, first), (b, second), (c, third), _ = made.items()
 
     def refused(path: Path, match: str) -> None:
@@ -135,9 +135,11 @@ def test_what_did_not_pass_is_refused(registry: Registry, made: dict[str, Path])
     registry.record_gate(verdict(a, None))
     registry.promote("production", first)
     assert not (registry.folder / "models" / b[:16]).exists()
-    refused(
-        second, rf"never gated, .* stands at {a[:16]}: {command} .*model1 --against=registry:production --suite=FILE"
-    )
+    again = f"{command} {second} --against=registry:production --suite=FILE"
+    refused(second, f"never gated, .* stands at {a[:16]}: {again} --registry={registry.folder}, or promote it")
+    with monkeypatch.context() as patch:
+        patch.setenv(names.VARIABLE, str(registry.folder))  # which the command reads by itself
+        refused(second, f"{again}, or promote it")
     bad = registry.record_gate(verdict(b, a, False, "loss on old rose by 3%", "class 2 fell"))
     refused(second, rf"refused by gate {bad}: loss on old rose by 3%; class 2 fell\. Mend it")
     registry.record_gate(verdict(b, None))  # passed, but against nothing
@@ -361,7 +363,8 @@ def test_what_is_no_name(name: str, registry: Registry, made: dict[str, Path]):
 
 def test_what_a_user_gets_wrong(registry: Registry, tmp_path: Path, made: dict[str, Path], monkeypatch):
     first, *_ = made.values()
-    with pytest.raises(CheckpointError, match="no name in the registry .*: python -m llm_jax promote prod CHECKPOINT"):
+    command = f"python -m llm_jax promote prod CHECKPOINT --registry={registry.folder}"
+    with pytest.raises(CheckpointError, match=f"no name in the registry .*: {command}$"):
         registry.resolve("prod")
     with pytest.raises(CheckpointError, match="no such file or folder: .*nowhere"):
         force(registry, tmp_path / "nowhere")

@@ -25,6 +25,7 @@ def check(**changes) -> Check:
         (lambda: check(margin=0.0), "check.margin of 'a' is 0.0: it must be above 0"),
         (lambda: check(margin=float("nan")), "check.margin of 'a' is nan: it must be above 0"),
         (lambda: check(metric="acuracy"), "unknown check.metric 'acuracy'; did you mean 'accuracy'?"),
+        (lambda: check(metric="bits", data=Data(long="truncate")), "bits a byte of text are of all of it: 'split'"),
         (lambda: check(least=0), "check.least is 0"),
         (lambda: check(slice_margin=-1.0), "check.slice_margin is -1.0"),
         (lambda: check(slices=("date:x",)), "check.slices of 'a' has 'date:x': it must be FIELD, or FIELD:N"),

@@ -1,8 +1,10 @@
 """The whole loop: left where nothing drifted, trained, gated, promoted or refused; killed anywhere and called again, each stage is done once."""
 
 import dataclasses
+import errno
 import fcntl
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,10 +12,12 @@ import pytest
 
 from llm_jax import cli
 from llm_jax.config import Batch, Data, Eval, Optimizer, Run, Schedule
+from llm_jax.errors import CheckpointError, UserError
 from llm_jax.lifecycle import update as updates
 from llm_jax.lifecycle.registry import Registry
 from llm_jax.loop import train
 from llm_jax.models.config import ModelConfig
+from llm_jax.saved import read_card
 from llm_jax.tasks import NextToken
 
 
@@ -119,6 +123,44 @@ def test_promoted_and_called_again(world: Path, registry: Registry, monkeypatch:
     )
     assert found.stages["gate"]["rows"][1]["difference"] < -0.1  # it learned to count down
     assert call(world, registry, **changes) == found and len(calls) == 6  # cron calls again: nothing is done twice
+    registry.rollback("production")  # someone's decision, which an update does not turn round
+    again = call(world, registry, **changes)
+    assert (again.outcome, again.status) == ("refused", 1) and "was moved back since" in again.why
+    assert registry.resolve("production").hash == first
+
+
+def test_it_goes_on_from_another_folder_and_where_the_registry_was_moved(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Begun by relative paths and killed in the middle of training and after it: each call finds what was done."""
+    monkeypatch.chdir(tmp_path)
+    first = Registry("registry").promote("production", world / "base", force=True, why="the first").hash
+    monkeypatch.setattr(updates.drifts, "drift", lambda *a: Verdict("update", "it counts down"))
+    trained, runs = updates._trained, []
+
+    def half(run: Run):
+        runs.append(dataclasses.replace(run, steps=10))
+        trained(runs[0])
+        raise KeyboardInterrupt
+
+    for name, kill in (("_trained", half), ("_gated", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))):
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(updates, name, kill)
+            call(world, Registry("registry" if name == "_trained" else "../registry"))
+        (tmp_path / "elsewhere").mkdir(exist_ok=True)
+        monkeypatch.chdir(tmp_path / "elsewhere")
+    shutil.move(tmp_path / "registry", tmp_path / "moved")
+    moved = Registry(tmp_path / "moved")
+    found = call(world, moved)
+    assert found.outcome == "promoted" and found.folder.startswith(f"{moved.folder}/updates/production/")
+    card = read_card(moved.resolve("production").path)
+    assert (card["parents"], card["step"]) == ([first], 20)
+    lines = (Path(found.folder) / "run" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines if "loss" in json.loads(line)] == [*range(1, 21)]
+    assert call(world, moved) == found
+    other = dataclasses.replace(runs[0], workdir=f"{found.folder}/run", start=str(moved.resolve("production").path))
+    with pytest.raises(CheckpointError, match="holds a run of another config .start is"):
+        train(other)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,6 +193,49 @@ def test_two_at_once(world: Path, registry: Registry):
             call(world, registry)
 
 
+def test_what_is_no_name_makes_no_folder(world: Path, registry: Registry):
+    before = sorted(registry.folder.parent.rglob("*"))
+    for name, message in (("../../x", "is no name for the registry"), ("staging", "unknown name in the registry")):
+        with pytest.raises(UserError, match=message):
+            updates.update(name, recipe(world), "a", "b", "c", 0.25, registry)
+    assert sorted(registry.folder.parent.rglob("*")) == before
+
+
+def test_a_disk_that_refuses(world: Path, registry: Registry, monkeypatch: pytest.MonkeyPatch):
+    """A line with status 2, not a traceback, whose 1 would tell of a refused model."""
+
+    def full(path: Path, write: Callable) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(updates, "write_atomically", full)
+        with pytest.raises(UserError, match=r"asked\.json: No space left on device$") as told:
+            call(world, registry)
+    assert told.value.status == 2
+    shutil.rmtree(registry.folder / "updates")
+    (registry.folder / "updates").write_text("a file")
+    with pytest.raises(UserError, match="updates: File exists"):
+        call(world, registry)
+
+
+def test_a_report_and_an_advice_that_cannot_be_written(world: Path, registry: Registry, tmp_path: Path, capsys):
+    """A line each, and nothing is left behind."""
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").write_text("")
+
+    def refused(*arguments: str) -> str:
+        before = sorted(tmp_path.iterdir())
+        assert cli.main([*arguments]) == 2 and sorted(tmp_path.iterdir()) == before
+        return capsys.readouterr().err
+
+    report = ("report", "production", f"--registry={registry.folder}")
+    assert refused(*report, f"--out={tmp_path}/folder") == f"error: {tmp_path}/folder: Is a directory\n"
+    assert refused(*report, f"--out={tmp_path}/file/x.html") == f"error: {tmp_path}/file: File exists\n"
+    sources = (f"--old={source(world, 'up')}", f"--new={source(world, 'down')}", f"--start={world}/base")
+    advise = ("advise", "--config=configs/eras_update.py", *sources)
+    assert refused(*advise, f"--out={tmp_path}/file") == f"error: {tmp_path}/file: File exists\n"
+
+
 def test_the_command(
     world: Path, registry: Registry, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ):
@@ -163,6 +248,9 @@ def test_the_command(
     common = [f"--config={tmp_path}/recipe.py", f"--old={source(world, 'up')}", f"--new={source(world, 'up')}"]
     assert cli.main(["update", "production", *common, f"--suite={world}/loose.py", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["outcome"] == "left"
+    for config in ([f"--config={tmp_path}/recipe.py"], ["--config", f"{tmp_path}/recipe.py"]):
+        assert cli.main(["update", *config, "production", *common[1:], f"--suite={world}/loose.py"]) == 0
+    capsys.readouterr()
     assert cli.main(["update", "staging", *common, f"--suite={world}/loose.py"]) == 2
     assert "'staging'" in capsys.readouterr().err
     assert cli.main(["update", "production", *common, f"--suite={world}/none.py"]) == 2

@@ -22,6 +22,7 @@ from llm_jax.transforms import (
     chain,
     densify,
     distil,
+    dropout,
     extend_vocabulary,
     grow_depth,
     grow_width,
@@ -56,6 +57,7 @@ CHANGES: dict[str, tuple[Transform, Transform]] = {
     "lora and merge_lora": (chain(lora(2), merge_lora()), chain(lora(2, targets=(".*",)), merge_lora())),
     "merge": (merge(), merge(weights=(1, 0))),
     "new_head": (new_head("classification", labels=3), IDENTITY),
+    "dropout": (dropout(0.3), IDENTITY),
 }
 """Each change, and itself at zero strength, where that is a transform of its own"""
 
