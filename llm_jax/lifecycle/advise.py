@@ -161,7 +161,7 @@ def told(tried: Sequence[Tried]) -> str:
 
 
 def draw(tried: Sequence[Tried], path: Path) -> None:
-    """A picture of the losses on old and on new text against operations."""
+    """A picture of the losses on old and on new text against operations: on the way small, of as many batches as the recipe says, at the end large, of all."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 4), layout="constrained")
@@ -171,11 +171,13 @@ def draw(tried: Sequence[Tried], path: Path) -> None:
             if x.name == "nothing":
                 axis.axhline(points[-1][1], color="0.6", linestyle=":", label=x.name)
             else:
-                axis.plot(*zip(*points), marker="os^vDP*X"[i % 8], markersize=3, label=x.name)
+                marker, colour = "os^vDP*X"[i % 8], f"C{i}"
+                axis.plot(*zip(*points[:-1]), marker=marker, color=colour, markersize=3, linewidth=1)
+                axis.plot(*points[-1], marker=marker, color=colour, markersize=7, linestyle="", label=x.name)
         axis.set_xlabel("TFLOP")
         axis.set_ylabel(f"loss on {what} text (nats a token)")
         axis.spines[["top", "right"]].set_visible(False)
-    figure.axes[1].legend(frameon=False, fontsize="small")
+    figure.axes[1].legend(frameon=False, fontsize="small", title="large: all held-out text", title_fontsize="small")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
 
