@@ -31,6 +31,9 @@ class Paired:
         z = float(scipy.stats.t.ppf(1 - level, self.groups - 1))
         if self.flips is not None:  # an error that is estimated from few flips is too small, and none from none
             lost, gained, count = self.flips
+            if not lost + gained:
+                most = 1 - level ** (1 / count)  # exactly: the chance of no flip is (1 - most)^count at best
+                return -most, most
             return -_most(gained, lost, count, z), _most(lost, gained, count, z)
         return self.difference - z * self.error, self.difference + z * self.error
 
@@ -76,7 +79,8 @@ def compare(
 ) -> Paired:
     """The weighted mean of candidate - incumbent, with its error by linearisation (Cochran 1977, 6.3), summed over groups first.
 
-    Bounds of means are Student's, approximate for few documents of very unequal weight; those of figures that are 0 or 1 are of the score test.
+    Bounds of means are Student's, approximate for few documents of very unequal weight; those of figures that are 0 or 1 are of the score test, whose
+    count is divided by the design effect of the groups as the flips show it: 1 where there are none.
 
     Args:
         incumbent, candidate: of each document, its figure a unit of weight; greater is worse.
@@ -96,6 +100,6 @@ def compare(
     if not binary:
         return Paired(len(d), count, mean, error)
     alone = d.var(ddof=1) / len(d)  # of the mean, were documents independent
-    effect = max(1.0, error**2 / alone) if alone else len(d) / count
+    effect = max(1.0, error**2 / alone) if alone else 1.0
     lost, gained = (float((d == sign).sum()) / effect for sign in (1, -1))
     return Paired(len(d), count, mean, error, (lost, gained, len(d) / effect))
