@@ -2,7 +2,8 @@
 
 import json
 import re
-from collections.abc import Callable
+import subprocess
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import jax
@@ -110,3 +111,16 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tokenizer(corpus: Path) -> Tokenizer:
     """A byte-level BPE of 512 entries, trained on the corpus."""
     return load_tokenizer("bpe:512", [path.read_text(encoding="utf-8") for path in sorted(corpus.glob("*.txt"))])
+
+
+@pytest.fixture
+def small_disk(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Path]:
+    """A disk of the size that a test names, such as 2m."""
+    path = tmp_path / "disk"
+    path.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", f"size={request.param}", "tmpfs", str(path)]
+    mounted = subprocess.run(command, capture_output=True, text=True, check=False)
+    if mounted.returncode:
+        pytest.skip(f"mounting a small disk is not permitted: {mounted.stderr.strip()}")
+    yield path
+    subprocess.run(["umount", "--lazy", str(path)], check=True)

@@ -467,20 +467,7 @@ def test_sums_are_what_sha256sum_reads(run: Checkpoints, params: Any):
     }
 
 
-@pytest.fixture
-def small_disk(tmp_path: Path):
-    """A disk of 2 MB."""
-    path = tmp_path / "disk"
-    path.mkdir()
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(path)], capture_output=True, text=True, check=False
-    )
-    if mounted.returncode:
-        pytest.skip(f"mounting a small disk is not permitted: {mounted.stderr.strip()}")
-    yield path
-    subprocess.run(["umount", "--lazy", str(path)], check=True)
-
-
+@pytest.mark.parametrize("small_disk", ["2m"], indirect=True)
 def test_full_disk(small_disk: Path):
     params = {"a": jnp.asarray(np.random.default_rng(0).normal(size=100_000), jnp.float32)}
     run = Checkpoints(small_disk, Checkpoint(keep=10))

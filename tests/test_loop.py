@@ -556,25 +556,12 @@ def test_command_line(texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture
     assert "(optimizer.max_nonfinite); the last checkpoint is step 1 in" in said.err.splitlines()[-1]
 
 
-@pytest.fixture
-def small_disk(tmp_path: Path):
-    """A disk of 8 MB."""
-    path = tmp_path / "disk"
-    path.mkdir()
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(path)], capture_output=True, text=True, check=False
-    )
-    if mounted.returncode:
-        pytest.skip(f"mounting a small disk is not permitted: {mounted.stderr.strip()}")
-    yield path
-    subprocess.run(["umount", "--lazy", str(path)], check=True)
-
-
 def size_on_disk(path: Path) -> int:
     """Bytes of a folder in pages, as a disk in memory counts them."""
     return sum(-(-p.stat().st_size // 4096) * 4096 for p in path.rglob("*"))
 
 
+@pytest.mark.parametrize("small_disk", ["8m"], indirect=True)
 def test_full_disk(whole: tuple[Run, dict[str, Any]], texts: Path, tmp_path: Path, small_disk: Path):
     """The run ends with one clear line, what was saved can be read, and with space the same command goes on."""
     file = tmp_path / "tiny.py"

@@ -289,20 +289,7 @@ def test_a_line_that_is_none_is_told(registry: Registry, made: dict[str, Path]):
         assert lines(registry) == before + line
 
 
-@pytest.fixture
-def small_disk(tmp_path: Path):
-    """A disk of 200 kB."""
-    path = tmp_path / "disk"
-    path.mkdir()
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=200k", "tmpfs", str(path)], capture_output=True, text=True, check=False
-    )
-    if mounted.returncode:
-        pytest.skip(f"mounting a small disk is not permitted: {mounted.stderr.strip()}")
-    yield path
-    subprocess.run(["umount", "--lazy", str(path)], check=True)
-
-
+@pytest.mark.parametrize("small_disk", ["200k"], indirect=True)
 def test_full_disk(small_disk: Path, made: dict[str, Path]):
     registry = Registry(small_disk / "registry")
     (a, first), (b, second), *_ = made.items()
