@@ -12,10 +12,10 @@ from llm_jax.tasks import Classification
 from llm_jax.transforms import prune
 
 
-def get_config(teacher: str = "runs/snippets_minilm") -> Run:
+def get_config(start: str = "runs/snippets_minilm") -> Run:
     return Run(
         name="prune_magnitude",
-        start=teacher,
+        start=start,
         # 3,226 steps in all: the last third trains what is left
         transforms=(prune(0.8, schedule=(100, 2200, 20)),),
         task=Classification(labels=("rotten", "fresh")),
