@@ -88,9 +88,7 @@ def vectors(weights: Any = None, chosen: Any = slice(None)) -> Float[np.ndarray,
     """What the head reads of each snippet, with these weights in place of the last MLP."""
     given = layer(encoder().params) if weights is None else weights
     x = inputs()[chosen]
-    padded = np.pad(
-        x, ((0, -len(x) % 1024), (0, 0))
-    )  # every trial holds out as many as it likes: few shapes to compile
+    padded = np.pad(x, ((0, -len(x) % 1024), (0, 0)))  # so that trials, each of another number, share a compilation
     return np.asarray(_vectors(encoder().config, given, padded))[: len(x)]
 
 

@@ -4,7 +4,7 @@ python train.py --config=configs/eras_base.py
 python train.py --config=configs/eras_update.py
 
 It is the recipe of `python -m llm_jax advise` and `update` too, which put the sources they are given in place of these. The held-out loss of
-both eras is told at every evaluation. Three minutes on one core.
+both eras is told at every evaluation: in the end 3.916 nats a token on old (3.907 before) and 4.084 on new (4.557). Three minutes on one core.
 """
 
 from llm_jax.config import Batch, Checkpoint, Data, Eval, Optimizer, Run, Schedule

@@ -14,35 +14,20 @@ import jax
 import jax.numpy as jnp
 
 from llm_jax import card as cards
-from llm_jax import checkpoint, evaluate, flops, optim, processes, results, saved, sharding, step
+from llm_jax import checkpoint, evaluate, flops, optim, processes, results, sharding, step
 from llm_jax import log as logs
-from llm_jax import model as models
 from llm_jax.config import Run, show, to_dict
+from llm_jax.continuation import check_continues
 from llm_jax.data.accounting import FIELDS, Accounting
-from llm_jax.data.pipeline import check_fingerprint
 from llm_jax.errors import CheckpointError, NonFiniteError, choose
 from llm_jax.metrics import rising
 from llm_jax.parts import Parts, build, cost_told, describe
-from llm_jax.platform import await_buffers, gather, release_freed_memory, repeatable, setup
+from llm_jax.platform import await_buffers, gather, release_freed_memory, setup
 from llm_jax.storage import Path, as_path
 from llm_jax.tasks.base import Judgement
 from llm_jax.times import Times, Trace
 
 log = logging.getLogger(__name__)
-
-FREE = (
-    "steps",
-    "log_every",
-    "workdir",
-    "eval",
-    "checkpoint",
-    "mesh",
-    "data.workers",
-    "data.max_dropped",
-    "optimizer.max_nonfinite",
-    "profile",
-)
-"""Keys that may differ between a run and its continuation; `check_fingerprint` judges the workers."""
 
 
 def train(run: Run) -> dict[str, Any]:
@@ -82,57 +67,6 @@ def _train(run: Run, others: processes.Together, begin: float) -> dict[str, Any]
 def _concerns(path: Path, folder: Path) -> bool:
     """Whether a path lies in a folder or on the way to it."""
     return path.is_relative_to(folder) or folder.is_relative_to(path)
-
-
-def _differences(there: Any, here: Any, prefix: str = "") -> list[str]:
-    """The keys in which two configs differ, beside those that may."""
-    if prefix in FREE:
-        return []
-    if isinstance(there, dict) and isinstance(here, dict):
-        return [
-            line
-            for name in sorted({*there, *here})
-            for line in _differences(there.get(name), here.get(name), f"{prefix}.{name}" if prefix else name)
-        ]
-    return [] if there == here else [f"{prefix} is {json.dumps(there)} there and {json.dumps(here)} here"]
-
-
-def _filled(there: Any, default: Any) -> Any:
-    """A config with the values of keys that it lacks, since it was written before there were such keys."""
-    if not (isinstance(there, dict) and isinstance(default, dict)):
-        return there
-    known = {name: _filled(x, default.get(name)) for name, x in there.items()}
-    return {**json.loads(json.dumps(default)), **known}
-
-
-def _starts_from(start: str, parents: list[str]) -> bool:
-    """Whether a run's start is the checkpoint whose weights have this hash."""
-    try:
-        kind, path = models.locate(start)
-        return kind == "checkpoint" and [saved.params_hash(path)] == parents
-    except CheckpointError:  # fresh, or none that can be told by its card
-        return False
-
-
-def _check_continues(parts: Parts, card: cards.Card) -> None:
-    """Raise unless the run continues the one with this card."""
-    here = json.loads(json.dumps(to_dict(parts.run)))
-    there = _filled(card["config"], to_dict(Run(task=parts.run.task)))
-    if there["start"] != here["start"] and _starts_from(here["start"], card["parents"]):
-        there["start"] = here["start"]  # moved, or spelt otherwise
-    different = _differences(there, here)
-    if different:
-        raise CheckpointError(
-            f"{parts.run.folder} holds a run of another config ({different[0]}): "
-            "give this one another name or workdir, or remove that folder"
-        )
-    if (began := card.get("repeatable", False)) != repeatable():
-        raise CheckpointError(
-            f"{parts.run.folder} was begun {'with' if began else 'without'} LLM_JAX_REPEATABLE=1: "
-            f"{'set' if began else 'unset'} it, or give this run another name or workdir"
-        )
-    if not parts.run.checkpoint.allow_changed_data:
-        check_fingerprint(card["sources"], parts.train.fingerprint())
 
 
 def _kept(state: step.TrainState, extra: tuple[str, ...]) -> tuple[Any, dict[str, Any]]:
@@ -177,7 +111,7 @@ class _Session:
         found = self.saved.restore(
             checkpoint.abstract_like(params, _of_model(placed["params"], parts.extra)),
             {name: checkpoint.abstract_like(x, placed[name]) for name, x in rest.items()},
-            lambda card: _check_continues(parts, card),
+            lambda card: check_continues(parts, card),
         )
         self.resumed = found is not None
         if found is None:

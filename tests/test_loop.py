@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llm_jax import checkpoint, cli, config, evaluate, loop, model, times
+from llm_jax import checkpoint, cli, config, continuation, evaluate, loop, model, times
 from llm_jax.card import content_hash
 from llm_jax.config import Batch, Data, Eval, Mesh, Optimizer, Run, Schedule
 from llm_jax.config import Checkpoint as Keep
@@ -634,10 +634,10 @@ def test_times_and_a_trace_of_chosen_steps(tiny, tmp_path, monkeypatch):
 def test_a_config_that_lacks_a_newer_key_had_its_default():
     there = json.loads(json.dumps(config.to_dict(Run(task=NextToken()))))
     del there["data"]["shards"], there["profile"]
-    filled = loop._filled(there, config.to_dict(Run(task=NextToken())))
+    filled = continuation._filled(there, config.to_dict(Run(task=NextToken())))
     here = json.loads(json.dumps(config.to_dict(Run(task=NextToken(), data=Data(shards=2)))))
-    assert loop._differences(filled, here) == ["data.shards is 1 there and 2 here"]
-    assert not loop._differences(filled, json.loads(json.dumps(config.to_dict(Run(task=NextToken())))))
+    assert continuation._differences(filled, here) == ["data.shards is 1 there and 2 here"]
+    assert not continuation._differences(filled, json.loads(json.dumps(config.to_dict(Run(task=NextToken())))))
 
 
 def test_repeatable_runs_are_equal_and_go_on_in_their_mode(texts: Path, tmp_path: Path, monkeypatch):

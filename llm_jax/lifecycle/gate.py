@@ -46,7 +46,7 @@ def gate(candidate: str, incumbent: str | None, suite: Suite) -> dict[str, Any]:
     """
     new = model.load(candidate)
     old = None if incumbent is None else model.load(incumbent)
-    one = old is not None and _hash(old) == _hash(new) and old.config == new.config
+    one = old is not None and _identity(old) == _identity(new)
     pairs = []
     for check in suite.checks:
         after = check.score(new)
@@ -92,6 +92,11 @@ def judge(
 
 def _hash(loaded: Model) -> str:
     return loaded.card.get("hashes", {}).get("params") or content_hash(loaded.params)
+
+
+def _identity(loaded: Model) -> tuple[Any, ...]:
+    """What makes a model the same one: two that share it need not be measured apart."""
+    return _hash(loaded), loaded.config, None if loaded.tokenizer is None else loaded.tokenizer.fingerprint
 
 
 def _check_same(check: Check | Harness, before: Scored, after: Scored) -> None:

@@ -4,9 +4,7 @@ from llm_jax.transforms.base import Transform
 
 
 def dropout(rate: float) -> Transform:
-    """Training drops so many of the values that the model drops out; weights and evaluation stay as they are.
-
-    A student is taught better without: what it learns from a teacher's soft answers is no noise that it could learn by heart.
+    """From here on training drops this share of embeddings, attention weights and branch outputs (Srivastava et al. 2014); weights stay as they are.
 
     Raises:
         ConfigError: a rate outside [0, 1).

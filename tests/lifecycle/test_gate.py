@@ -36,13 +36,13 @@ def noisy(params: Any, share: float, seed: int) -> Any:
 
 @pytest.fixture(scope="module")
 def saved(tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Checkpoints: a model, one nearly like it, a damaged one, and one of twice the layers."""
+    """Checkpoints: a model, one nearly like it, a damaged one, and one of four times the layers."""
     folder = tmp_path_factory.mktemp("gated")
     params = transformer.init(SIZES, jax.random.key(0))
     sizes = SIZES.replace(vocab_size=512)
     for name, made in (("old", params), ("near", noisy(params, 0.01, 1)), ("damaged", noisy(params, 30.0, 2))):
         model.save(model.Model(sizes, made, tokenizer), folder / name)
-    deep = sizes.replace(layers=4)
+    deep = sizes.replace(layers=8)
     model.save(model.Model(deep, transformer.init(deep, jax.random.key(0)), tokenizer), folder / "deep")
     return folder
 
@@ -129,7 +129,7 @@ def test_what_cannot_be_told_says_how_much_would_tell(saved: Path, suite: Suite)
 
 
 def test_limits(saved: Path, suite: Suite):
-    """Twice the layers are larger, take more memory and have more parameters; the same sizes are within what noise asks for."""
+    """Four times the layers are larger, take more memory and have more parameters; the same sizes are within what noise asks for."""
     limited = dataclasses.replace(
         suite, limits=Limits(size=1.1, latency=1.5, memory=1.01, parameters=1e4, rows=8, length=64)
     )
@@ -137,7 +137,7 @@ def test_limits(saved: Path, suite: Suite):
     found = {x["name"]: x for x in verdict["limits"]}
     sizes = [sum(x.nbytes for x in jax.tree.leaves(model.load(saved / name).params)) for name in ("deep", "old")]
     assert found["size"]["value"] == pytest.approx(sizes[0] / sizes[1]) and not found["size"]["passed"]
-    assert found["latency"]["value"] > 1.05 and not found["memory"]["passed"] and not found["parameters"]["passed"]
+    assert found["latency"]["value"] > 1.2 and not found["memory"]["passed"] and not found["parameters"]["passed"]
     assert any(reason.startswith("size: ") for reason in verdict["reasons"])
 
 
@@ -232,6 +232,16 @@ def test_a_single_group_cannot_be_told(saved: Path, suite: Suite):
     assert "unknown" in gates.told(verdict)
     json.dumps(verdict, allow_nan=False)
     assert gates.gate(str(saved / "old"), str(saved / "old"), one)["passed"]
+
+
+def test_the_same_weights_under_another_tokenizer_are_another_model(saved: Path, suite: Suite, tmp_path: Path):
+    texts = [record["text"] for record in map(json.loads, Path(source_of(suite)).read_text().splitlines())]
+    old = model.load(saved / "old")
+    other = dataclasses.replace(old, tokenizer=load_tokenizer("bpe:400", texts), card={})
+    model.save(other, tmp_path / "other")
+    check = dataclasses.replace(suite.checks[0], metric="bits", margin=10.0)
+    (row,) = gates.gate(str(tmp_path / "other"), str(saved / "old"), Suite((check,)))["rows"]
+    assert row["difference"] != 0
 
 
 def test_documents_of_no_group_stay_alone():
