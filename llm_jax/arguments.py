@@ -3,6 +3,7 @@
 import argparse
 import json
 import math
+import re
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
@@ -19,6 +20,7 @@ class Parser(argparse.ArgumentParser):
         found, rest = self.parse_known_args(args, namespace)
         if rest:
             known = [o for action in self._actions for o in action.option_strings]
+            known += re.findall(r"--[a-z-]+", self.epilog or "")  # --config, which is read elsewhere, stands there
             raise UserError(f"unknown argument {rest[0]!r}{suggest(rest[0].split('=')[0], known)}")
         return found
 

@@ -132,3 +132,5 @@ def test_an_advice(base: Run, tmp_path: Path):
 def test_the_command_tells_what_is_wrong(base: Run, capsys: pytest.CaptureFixture):
     assert cli.main(["advise", "--config=configs/eras_update.py", "--start=x", "--old=a"]) == 2
     assert "--new, --out" in capsys.readouterr().err
+    assert cli.main(["advise", "--confg=configs/eras_update.py", "--start=x", "--old=a", "--new=b", "--out=c"]) == 2
+    assert "unknown argument '--confg=configs/eras_update.py'; did you mean '--config'?" in capsys.readouterr().err
