@@ -1,4 +1,4 @@
-"""What the README tells a user to write works as it stands."""
+"""What the README tells a user to write works as it stands, and what CI calls exists."""
 
 import re
 from pathlib import Path
@@ -39,6 +39,12 @@ def test_every_verb_in_it_exists():
     from llm_jax.cli import VERBS
 
     assert set(re.findall(r"python -m llm_jax (\w+) ", TEXT)) <= set(VERBS)
+
+
+def test_every_file_of_tests_that_ci_names_exists():
+    named = re.findall(r"(?<![\w/])tests(?:/\w+)+(?:\.py)?", (ROOT / ".ci" / "run").read_text(encoding="utf-8"))
+    assert len(named) > 10
+    assert [name for name in named if not (ROOT / name).exists()] == []
 
 
 @pytest.mark.slow
