@@ -8,7 +8,7 @@ what the operations promise, and a shrunk language model reaches the loss of one
 
 `train`: configs/prune_then_distil.py from configs/snippets_minilm.py, on 12,808 snippets split by film. `speed` wants a machine without other
 work. `tokens`: the decoder of configs/quickstart.py, trained 2,000 steps, loses half its neurons and one of its four heads; it learns from what it
-was for 400 steps; the model of the same size from scratch has 2,000 steps and the better of three learning rates.
+was for 400 steps; the model of the same size from scratch has 2,000 steps and the best of four learning rates.
 """
 
 import argparse
@@ -68,14 +68,14 @@ def tokens(seeds: list[int]) -> None:
         rate: arms.arm(f"language_scratch_{rate}", arms.changed(scratch, optimizer={"learning_rate": rate}), seeds[:1])[
             "eval"
         ]["loss"]["mean"]
-        for rate in (0.015, 0.03, 0.06)
+        for rate in (0.0075, 0.015, 0.03, 0.06)
     }
     best = min(rates, key=rates.get)
     own = {
         rate: arms.arm(f"language_shrunk_{rate}", arms.changed(taught, optimizer={"learning_rate": rate}), seeds[:1])[
             "eval"
         ]["loss"]["mean"]
-        for rate in (0.01, 0.02)
+        for rate in (0.005, 0.01, 0.02)
     }
     rate = min(own, key=own.get)
     reached = arms.arm(f"language_shrunk_{rate}", arms.changed(taught, optimizer={"learning_rate": rate}), seeds)[
