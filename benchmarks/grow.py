@@ -4,7 +4,7 @@
     python -m benchmarks.grow [--seeds 0 1 2]
 
 The decoder of configs/quickstart.py on State of the Union addresses. The scratch arm has 1,200 steps and the best of four learning rates. The small
-model's own training counts: 500 or 800 steps of it at a constant rate, the best of the scratch arm, then it is stacked to eight layers (Du et al. 2024,
+model's own training counts: 500 to 1,400 steps of it at a constant rate, the best of the scratch arm, then it is stacked to eight layers (Du et al. 2024,
 G_stack, factor 4), and trained for as many steps as 70% of the scratch arm's operations leave, the rate falling to zero as in the scratch arm. What
 is best of the small model's steps and of the rate afterwards is chosen by the first seed, as the scratch arm's rate is.
 """
@@ -21,7 +21,7 @@ from llm_jax.transforms import grow_depth
 
 SMALL, LARGE = 2, 8
 STEPS, SHARE = 1200, 0.7
-SMALL_STEPS = (500, 800)
+SMALL_STEPS = (500, 800, 1100, 1400)
 RATES = (0.0075, 0.015, 0.03, 0.06)
 
 
