@@ -5,8 +5,9 @@
 
 The decoder of configs/quickstart.py on State of the Union addresses. The scratch arm has 1,200 steps and the best of four learning rates. The small
 model's own training counts: 500 to 1,400 steps of it at a constant rate, the best of the scratch arm, then it is stacked to eight layers (Du et al. 2024,
-G_stack, factor 4), and trained for as many steps as 70% of the scratch arm's operations leave, the rate falling to zero as in the scratch arm. What
-is best of the small model's steps and of the rate afterwards is chosen by the first seed, as the scratch arm's rate is.
+G_stack, factor 4), and trained for as many steps as 70% of the scratch arm's operations leave, the rate falling to zero as in the scratch arm. The
+small model's steps and the rate afterwards are chosen by the first seed, as the scratch arm's rate is. Beside it stands the small model that was
+never grown and had as many operations, at the better of two rates falling to zero.
 """
 
 import argparse
@@ -68,11 +69,25 @@ def main():
     found = grown(small, small_steps, rate)
     values = found["eval"]["loss"]["values"]
     shares = [(flops(small, i) + flops(found, i)) / flops(scratch, i) for i in range(len(seeds))]
+    alone_steps = int(SHARE * whole / (flops(small, 0) / small_steps))
+    alone = {
+        rate: arms.arm(
+            f"grow_alone_{rate}",
+            arms.changed(
+                quick,
+                model=quick.model.replace(layers=SMALL),
+                steps=alone_steps,
+                optimizer={"learning_rate": rate},
+            ),
+            seeds[:1],
+        )["eval"]["loss"]["mean"]
+        for rate in RATES[1:3]
+    }
     goal, value = scratch["eval"]["loss"], statistics.fmean(values)
     detail = {
         "operations": shares,
-        "steps": {"scratch": STEPS, "small": small_steps, "grown": left(small)},
-        "rates": {"scratch": rates, "grown": {name: loss for name, (_, _, loss) in tried.items()}},
+        "steps": {"scratch": STEPS, "small": small_steps, "grown": left(small), "alone": alone_steps},
+        "rates": {"scratch": rates, "grown": {name: loss for name, (_, _, loss) in tried.items()}, "alone": alone},
         "scratch": goal,
         "small": small["eval"]["loss"],
     }
