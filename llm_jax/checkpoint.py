@@ -9,10 +9,12 @@ and it ceases to be so before anything of it is moved or removed.
 import asyncio
 import dataclasses
 import errno
+import functools
 import hashlib
 import json
 import logging
 import math
+import sys
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
@@ -61,6 +63,24 @@ def is_full(error: BaseException | None) -> bool:
             return True
         error = error.__cause__ or error.__context__
     return False
+
+
+@functools.cache
+def silence_late_writes() -> None:
+    """From here on, nothing is printed when a write of arrays ends after its save has failed.
+
+    Orbax closes the event loop of a save at its first failed write; each of tensorstore's others, ending later, finds the loop
+    closed and prints a traceback, with no Python object that it concerns. The failure itself is raised by the save.
+    """
+    before = sys.unraisablehook
+
+    def hook(late: Any) -> None:
+        if not (
+            late.object is None and late.exc_type is RuntimeError and str(late.exc_value) == "Event loop is closed"
+        ):
+            before(late)
+
+    sys.unraisablehook = hook
 
 
 def _described(arrays: Any) -> dict[str, str]:
@@ -283,6 +303,7 @@ class Checkpoints:
             CheckpointError: this or the save before it failed, e.g. for want of space.
         """
         self.wait()
+        silence_late_writes()
         path = self.root / str(step)
         try:
             about = _about(card, {"params": params, "state": state}, tokenizer, data)
