@@ -21,7 +21,7 @@ from llm_jax.interop.names import Place
 from llm_jax.model import Model
 from llm_jax.models.config import ModelConfig
 from llm_jax.storage import Path, as_path
-from llm_jax.transforms.lora import WITHOUT
+from llm_jax.transforms.lora import FACTORS, WITHOUT, trained_with_factors
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -64,13 +64,15 @@ def save(model: Model, path: str | Path, base: str = "") -> None:
         base: where PEFT finds the base model; empty to leave it open.
 
     Raises:
-        CheckpointError: no factors, a folder that holds something, or a base that no family of transformers has.
+        CheckpointError: no factors, a folder that holds something, a base that no family of transformers has, or weights that were trained
+            beside the factors and have no place in such a file.
     """
     config, path = model.config, as_path(path).expanduser()
     if not config.lora_rank:
         raise CheckpointError("the model has no factors of low rank, so that there is no adapter to write")
     if path.is_file() or (path.is_dir() and any(path.iterdir())):
         raise CheckpointError(f"{path} exists already")
+    _refuse_more(model)
     family, plain = _base(model)
     places = names.places(plain, family.entries(plain, family.prefixes[plain.head]))
     modules = [
@@ -150,6 +152,17 @@ def _base(model: Model) -> tuple[Family, ModelConfig]:
     plain = model.config.replace(**WITHOUT)
     origin = model.card.get("huggingface", {}).get("config", {})
     return families.choose_family(plain, origin.get("model_type")), plain
+
+
+def _refuse_more(model: Model) -> None:
+    """Raise where its card tells of a trained weight that is no factor and of no head."""
+    regexes = trained_with_factors(model.card.get("transforms", []))
+    for name in tree.names(model.params):
+        saved = re.fullmatch(FACTORS, name) or name.startswith("head/")
+        if not saved and any(re.fullmatch(regex, name) for regex in regexes):
+            raise CheckpointError(
+                f"{name} was trained beside the factors and has no place in an adapter: fold the factors in with merge_lora() and export the whole model"
+            )
 
 
 def _adapted(config: ModelConfig, ours: str) -> bool:

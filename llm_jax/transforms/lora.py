@@ -1,8 +1,9 @@
 """LoRA: factors of low rank beside frozen weights, and the way back: factors folded into the weights."""
 
+import ast
 import dataclasses
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
@@ -99,6 +100,17 @@ def merge_lora(*, keep_zeros: bool = True) -> Transform:
         return tree.map_with_name(one, without(weights))
 
     return Transform(config=config, params=params, label=f"merge_lora({'' if keep_zeros else 'keep_zeros=False'})")
+
+
+def trained_with_factors(labels: Iterable[str]) -> tuple[str, ...]:
+    """The regexes of what the `lora` among the labels of a card trained beside the factors.
+
+    >>> trained_with_factors(["dropout(0.1)", "lora(8, alpha=16.0, also=('head/.*', '.*bias'))"])
+    ('head/.*', '.*bias')
+    """
+    calls = [ast.parse(label, mode="eval").body for label in labels if label.startswith("lora(")]
+    keywords = [word for call in calls if isinstance(call, ast.Call) for word in call.keywords if word.arg == "also"]
+    return tuple(regex for word in keywords for regex in ast.literal_eval(word.value))
 
 
 def product(a: Array, b: Array) -> Array:

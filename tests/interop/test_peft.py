@@ -10,7 +10,7 @@ from safetensors.numpy import load_file, save_file
 from llm_jax import cli, tree
 from llm_jax.errors import CheckpointError
 from llm_jax.interop import huggingface, peft, tensor_files
-from llm_jax.model import Model, apply, load, save
+from llm_jax.model import Model, apply, load, save, transform
 from llm_jax.models import transformer
 from llm_jax.transforms.lora import lora, merge_lora
 
@@ -189,6 +189,9 @@ def test_what_is_not_written(made, tmp_path):
     (tmp_path / "full" / "file").touch()
     with pytest.raises(CheckpointError, match="full exists already"):
         peft.save(adapt(made("llama")), tmp_path / "full")
+    also = transform(made("llama"), lora(2, also=("head/.*", ".*/mlp/up")), jax.random.key(0))
+    with pytest.raises(CheckpointError, match="decoder/layers/mlp/up was trained beside the factors and has no place"):
+        peft.save(also, tmp_path / "adapter")
     odd = made("llama", norm="layer")
     with pytest.raises(CheckpointError, match="no family of transformers has such a model"):
         peft.save(adapt(odd), tmp_path / "adapter")
