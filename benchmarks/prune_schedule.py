@@ -1,34 +1,29 @@
-"""Claims: four fifths of an encoder's weights go in rounds at one point of accuracy at most, fewer than at once, and stay gone.
+"""Claims: four fifths of an encoder's weights go on a schedule at one point of accuracy at most, fewer than at once, and stay gone.
 
     pip install -e .
     python -m benchmarks.prune_schedule [--seeds 0 1 2]
 
-The start is configs/snippets_minilm.py of the same seed, the rounds are those of configs/prune_rounds.py; at once it is one run as long as all of
-them, with all the weights gone before its first step. Then the pruned model is fine-tuned further, stopped and started again on the way, and
-exported: the zeros are counted. Seeds that stand in the result of the same configs are not run again.
+The start is configs/snippets_minilm.py of the same seed; on a schedule it is configs/prune_magnitude.py; at once it is the same run, as long, with the weights
+gone before its first step. Then the pruned model is fine-tuned further, stopped and started again on the way, and exported: the zeros are counted.
 """
 
 import argparse
 import dataclasses
-import hashlib
-import json
 import re
-import runpy
 import statistics
 import tempfile
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
 from safetensors.numpy import load_file
 
 from benchmarks import arms
-from benchmarks.common import RESULTS, claim, write
-from llm_jax import model, tree
-from llm_jax.card import code_version
+from benchmarks.common import claim, write
+from llm_jax import config, model, tree
 from llm_jax.interop import huggingface
 from llm_jax.loop import train
+from llm_jax.transforms import prune
 from llm_jax.transforms.prune import TARGETS
 
 SPARSITY = 0.8
@@ -62,63 +57,38 @@ def afterwards(folder: str) -> dict[str, tuple[int, int]]:
     return found
 
 
-def recipe() -> str:
-    """A digest of the configs that the figures are of."""
-    files = [arms.CONFIGS / f"{name}.py" for name in ("snippets_minilm", "prune_rounds")]
-    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
-
-
-def one_seed(seed: int) -> dict[str, Any]:
-    """The accuracies of a seed, and the zeros of its pruned model by what was done to it."""
-    made = runpy.run_path(str(arms.CONFIGS / "prune_rounds.py"))
-    dense = arms.arm("full", arms.load("snippets_minilm"), [seed])
-    teacher = dense["folders"][0]
-    start, rounds = teacher, []
-    for sparsity, epochs in made["ROUNDS"]:
-        rounds.append(arms.arm(f"rounds_{sparsity}", made["get_config"](start, teacher, sparsity, epochs), [seed]))
-        start = rounds[-1]["folders"][0]
-    length = sum(epochs for _, epochs in made["ROUNDS"])
-    once = arms.arm("prune_once", made["get_config"](teacher, teacher, SPARSITY, length), [seed])
-    found = {"dense": dense, "once": once, **{f"round {i}": x for i, x in enumerate(rounds, 1)}, "rounds": rounds[-1]}
-    return {
-        **{name: x["eval"]["accuracy"]["values"][0] for name, x in found.items()},
-        "zeros": afterwards(start),
-        "commit": code_version(),
-    }
-
-
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    seeds, file = parser.parse_args().seeds, RESULTS / "prune_schedule.json"
-    before = json.loads(file.read_text(encoding="utf-8"))["claims"][0] if file.exists() else {}
-    known = before.get("by_seed", {}) if before.get("recipe") == recipe() else {}
-    for seed in seeds:
-        if str(seed) not in known:
-            known[str(seed)] = one_seed(seed)
-            report(dict(sorted(known.items())))
+    seeds = parser.parse_args().seeds
+    starts = arms.arm("full", arms.load("snippets_minilm"), seeds)
+    gradual = arms.following("prune_schedule", lambda start: arms.on("prune_magnitude", start), starts)
 
+    def at_once(start: str) -> config.Run:
+        run = arms.on("prune_magnitude", start)
+        _, *others = run.transforms
+        return dataclasses.replace(run, transforms=(prune(SPARSITY), *others))
 
-def report(by_seed: dict[str, dict[str, Any]]) -> None:
-    """Write the claims of the seeds that are known."""
-    each = list(by_seed.values())
-    lost = [x["dense"] - x["rounds"] for x in each]
-    gain = [x["rounds"] - x["once"] for x in each]
-    shares = [x["zeros"]["run"][0] / x["zeros"]["run"][1] for x in each]
-    exact = all(tuple(count) == tuple(x["zeros"]["run"]) for x in each for count in x["zeros"].values())
+    once = arms.following("prune_once", at_once, starts)
+    dense, values = starts["eval"]["accuracy"]["values"], gradual["eval"]["accuracy"]["values"]
+    lost = [a - b for a, b in zip(dense, values)]
+    gain = [a - b for a, b in zip(values, once["eval"]["accuracy"]["values"])]
+    counted = afterwards(gradual["folders"][0])
+    exact = all(x == counted["run"] for x in counted.values())
+    share = counted["run"][0] / counted["run"][1]
+    detail = {"dense": starts["eval"], "schedule": gradual["eval"], "once": once["eval"]}
     cost, better = statistics.fmean(lost), statistics.fmean(gain)
-    known = {"by_seed": by_seed, "recipe": recipe()}
     write(
         "prune_schedule",
         [
-            claim("accuracy lost with 80% of the layers' weights", cost, 0.01, cost <= 0.01, lost, **known),
+            claim("accuracy lost with 80% of the layers' weights", cost, 0.01, cost <= 0.01, lost, **detail),
             claim("accuracy above pruning at once, as long a run", better, 0.0, better > 0, gain),
             claim(
                 "sparsity, the same after a further run, a restart and an export",
-                statistics.fmean(shares),
+                share,
                 SPARSITY,
-                exact and all(abs(share - SPARSITY) < 1e-4 for share in shares),
-                shares,
+                exact and abs(share - SPARSITY) < 1e-4,
+                zeros=counted,
             ),
         ],
     )
