@@ -103,11 +103,16 @@ def merge_lora(*, keep_zeros: bool = True) -> Transform:
 
 
 def trained_with_factors(labels: Iterable[str]) -> tuple[str, ...]:
-    """The regexes of what the `lora` among the labels of a card trained beside the factors.
+    """The regexes of what the `lora` among the labels of a card trained beside the factors; what came before `merge_lora` is of the base.
 
     >>> trained_with_factors(["dropout(0.1)", "lora(8, alpha=16.0, also=('head/.*', '.*bias'))"])
     ('head/.*', '.*bias')
+    >>> trained_with_factors(["lora(8, alpha=16.0, also=('.*bias',))", "merge_lora()", "lora(4, alpha=16.0)"])
+    ()
     """
+    labels = list(labels)
+    merged = [i for i, label in enumerate(labels) if label.startswith("merge_lora(")]
+    labels = labels[merged[-1] :] if merged else labels
     calls = [ast.parse(label, mode="eval").body for label in labels if label.startswith("lora(")]
     keywords = [word for call in calls if isinstance(call, ast.Call) for word in call.keywords if word.arg == "also"]
     return tuple(regex for word in keywords for regex in ast.literal_eval(word.value))
