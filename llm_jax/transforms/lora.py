@@ -3,7 +3,7 @@
 import ast
 import dataclasses
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -102,7 +102,7 @@ def merge_lora(*, keep_zeros: bool = True) -> Transform:
     return Transform(config=config, params=params, label=f"merge_lora({'' if keep_zeros else 'keep_zeros=False'})")
 
 
-def trained_with_factors(labels: Iterable[str]) -> tuple[str, ...]:
+def trained_with_factors(labels: Sequence[str]) -> tuple[str, ...]:
     """The regexes of what the `lora` among the labels of a card trained beside the factors; what came before `merge_lora` is of the base.
 
     >>> trained_with_factors(["dropout(0.1)", "lora(8, alpha=16.0, also=('head/.*', '.*bias'))"])
@@ -110,7 +110,6 @@ def trained_with_factors(labels: Iterable[str]) -> tuple[str, ...]:
     >>> trained_with_factors(["lora(8, alpha=16.0, also=('.*bias',))", "merge_lora()", "lora(4, alpha=16.0)"])
     ()
     """
-    labels = list(labels)
     merged = [i for i, label in enumerate(labels) if label.startswith("merge_lora(")]
     labels = labels[merged[-1] :] if merged else labels
     calls = [ast.parse(label, mode="eval").body for label in labels if label.startswith("lora(")]
