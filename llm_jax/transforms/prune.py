@@ -27,13 +27,11 @@ from llm_jax.transforms.scores import Rule, limits, matrix, parse_pattern, selec
 TARGETS = (r".*/layers/(attention|cross)/(query|key|value|out)", r".*/layers/mlp/(up|gate|down)")
 """The matrices of the products in the layers"""
 
-SCORES = ("magnitude", "random", "taylor", "wanda", "sparsegpt", "movement")
-FROM_DATA = ("taylor", "wanda", "sparsegpt")
-"""scores that look at calibration rows"""
+SCORES = ("magnitude", "random", "taylor", "fisher", "wanda", "sparsegpt", "movement")
+FROM_DATA = ("taylor", "fisher", "wanda", "sparsegpt")
+"""scores that, at once, look at calibration rows"""
 LAYERWISE = ("wanda", "sparsegpt")
 """scores that look at what enters a layer whose predecessors are pruned already"""
-GRADUAL = ("magnitude", "movement")
-"""scores for a schedule"""
 
 
 def cubic(step: Any, begin: int, end: int, final: float, initial: float = 0.0) -> Array:
@@ -65,7 +63,8 @@ def prune(
 
     Args:
         sparsity: share of zeros in the targets; with N:M it is 1 - N/M.
-        score: magnitude, random, taylor, wanda, sparsegpt (which also changes what is left) or movement; the formulas stand in `scores.py`.
+        score: magnitude, random, taylor, fisher, wanda, sparsegpt (which also changes what is left) or movement; the formulas stand in
+            `scores.py`. On a schedule fisher goes by the gradients of some hundred updates, those of all losses of the run.
         scope: layer (each layer's matrix loses the share; within each output with wanda) or global (all are compared).
         pattern: unstructured; N:M, N of every M along the inputs of a product stay; or block:RxC, R inputs by C outputs go together.
         targets: regexes of the weights, all of them matrices of products in the layers.
@@ -73,7 +72,7 @@ def prune(
             that time; the sparsity is reached with update `end`. Updates that were skipped do not count.
         straight_through: with a schedule: until `end` what is removed goes on being trained, by the gradient at zero, beside the params, and may
             come back (straight-through estimator; Bengio et al. 2013). Movement pruning is meant to be used so.
-        batches: calibration rows that taylor, wanda and sparsegpt look at, in batches of the run.
+        batches: calibration rows that taylor, fisher, wanda and sparsegpt look at, in batches of the run; none on a schedule.
         sequential: wanda and sparsegpt look at each layer after those below it are pruned, as published: all the rows pass through the
             layers together, twice; else at all layers of the dense model, batch by batch.
 
@@ -98,10 +97,11 @@ def prune(
         if score in LAYERWISE:
             return _layerwise(rule, config, params, aux, chosen, sequential)
         weights = {name: matrix(name, x) for name, x in _named(params).items() if name in chosen}
-        if score == "taylor":
+        if score in ("taylor", "fisher"):
+            worthy, power = (scores.taylor, 1) if score == "taylor" else (scores.fisher, 2)
             mask = tree.map_with_name(lambda name, _: name in chosen, params)
-            found = _named(scores.gradients(aux.loss(config), params, aux.batches, mask))
-            worth = {name: scores.taylor(w, matrix(name, found[name])) for name, w in weights.items()}
+            found = _named(scores.gradients(aux.loss(config), params, aux.batches, mask, power))
+            worth = {name: worthy(w, matrix(name, found[name])) for name, w in weights.items()}
         elif score == "random":
             keys = jax.random.split(key, len(weights))
             worth = {name: scores.random(w, k) for (name, w), k in zip(weights.items(), keys)}
@@ -116,7 +116,7 @@ def prune(
         params=params,
         update=_gradual(rule, schedule, straight_through) if schedule else _hold(rule.targets),
         label=f"prune({label})",
-        calibration=batches if score in FROM_DATA else 0,
+        calibration=batches if score in FROM_DATA and not schedule else 0,
         steps=schedule[1] if schedule else 0,
         card=lambda params: pruned_card(params, rule.targets),
         masks=rule.targets,
@@ -150,8 +150,8 @@ def _check(rule: Rule, pattern: str, schedule: Any, straight_through: bool, batc
         raise ConfigError(
             f"prune: schedule is {tuple(schedule)}: (begin, end, every) must have 0 <= begin < end, and `every` must divide end - begin"
         )
-    if rule.score not in GRADUAL:
-        raise ConfigError(f"prune: score {rule.score!r} does not go with a schedule: take {' or '.join(GRADUAL)}")
+    if rule.score not in scores.GRADUAL:
+        raise ConfigError(f"prune: score {rule.score!r} does not go with a schedule: take {', '.join(scores.GRADUAL)}")
 
 
 def _named(params: Any) -> dict[str, Array]:
@@ -230,8 +230,8 @@ class PruneState(NamedTuple):
     """updates made"""
     hidden: Any = None
     """straight through: the weights as they would be if none were removed"""
-    movement: Any = None
-    """the scores of movement pruning"""
+    kept: Any = None
+    """what the score keeps of the gradients"""
 
 
 def _kept(params: Any, targets: Sequence[str]) -> Any:
@@ -276,7 +276,7 @@ def _gradual(
     rule: Rule, schedule: tuple[int, int, int], straight_through: bool
 ) -> Callable[[optax.GradientTransformation], optax.GradientTransformation]:
     """An update that removes weights on the schedule. The choice is made when it is due alone; else it costs a select."""
-    begin, end, every = schedule
+    (begin, end, every), score = schedule, scores.GRADUAL[rule.score]
 
     def update(inner: optax.GradientTransformation) -> optax.GradientTransformation:
         optimizer = optax.with_extra_args_support(inner)
@@ -293,16 +293,17 @@ def _gradual(
             def zeros() -> Any:
                 return jax.tree.map(jnp.zeros_like, targets)
 
-            hidden, movement = zeros() if straight_through else None, zeros() if rule.score == "movement" else None
-            return PruneState(below, jnp.zeros((), jnp.int32), hidden, movement)
+            hidden, kept = zeros() if straight_through else None, zeros() if score.kept else None
+            return PruneState(below, jnp.zeros((), jnp.int32), hidden, kept)
 
         def step(updates, state, params=None, **extra):
-            before, now, movement, hidden = _kept(params, rule.targets), state.step + 1, state.movement, state.hidden
+            before, now, hidden, seen = _kept(params, rule.targets), state.step + 1, state.hidden, state.kept
             weights = params
             if straight_through:
                 weights = _at(lambda kept, p, h: jnp.where(kept, p, h), before, params, hidden)
-            if rule.score == "movement":
-                movement = _at(lambda _, s, w, g: scores.movement(s, w, g), before, movement, weights, updates)
+            if score.kept:
+                keep = score.kept
+                seen = _at(lambda _, s, w, g: keep(s, w, g), before, seen, weights, updates)
             updates, below = optimizer.update(updates, state.inner, weights, **extra)
 
             due = (now > begin) & (now <= end) & ((now - begin) % every == 0)
@@ -310,23 +311,23 @@ def _gradual(
             def matrices(weights: Any) -> dict[str, Array]:
                 return {name: matrix(name, x) for name, x in _named(weights).items() if name in _named(before)}
 
-            def worth(chosen: dict[str, Array], movement: dict[str, Array]) -> dict[str, Array]:
-                return movement or {name: scores.magnitude(x) for name, x in chosen.items()}
+            def worth(chosen: dict[str, Array], seen: dict[str, Array]) -> dict[str, Array]:
+                return {name: score.worth(x, seen.get(name, x)) for name, x in chosen.items()}
 
-            def found(chosen: dict[str, Array], movement: dict[str, Array]) -> Any:
-                return limits(rule, worth(chosen, movement), chosen, cubic(now, begin, end, 1.0))
+            def found(chosen: dict[str, Array], seen: dict[str, Array]) -> Any:
+                return limits(rule, worth(chosen, seen), chosen, cubic(now, begin, end, 1.0))
 
-            chosen, moved = matrices(weights), matrices(movement)
-            nowhere = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(found, chosen, moved))
-            ends = jax.lax.cond(due, found, lambda *_: nowhere, chosen, moved)
-            stays = within(rule, ends, worth(chosen, moved), chosen)
+            chosen, summed = matrices(weights), matrices(seen)
+            nowhere = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(found, chosen, summed))
+            ends = jax.lax.cond(due, found, lambda *_: nowhere, chosen, summed)
+            stays = within(rule, ends, worth(chosen, summed), chosen)
             stays = tree.map_with_name(lambda name, x: stays[name].reshape(x.shape), before)
             come_back = due & straight_through
             kept = jax.tree.map(lambda was, now: (was | come_back) & now, before, stays)
             if straight_through:
                 hidden = _at(lambda _, h, w, u: w + u, before, hidden, weights, updates)
                 updates = _at(lambda was, u, h: jnp.where(was, u, h), before, updates, hidden)
-            return _at(_settled, kept, updates, params), PruneState(below, now, hidden, movement)
+            return _at(_settled, kept, updates, params), PruneState(below, now, hidden, seen)
 
         return optax.GradientTransformationExtraArgs(init, step)
 

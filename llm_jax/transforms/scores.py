@@ -94,6 +94,33 @@ def movement(before: Array, w: Array, g: Array) -> Array:
     return before - g * w
 
 
+def fisher(w: Float[Array, "L I O"], squares: Float[Array, "L I O"]) -> Float[Array, "L I O"]:
+    """E[g^2] w^2 / 2, the second-order change of the loss when w becomes 0, with the empirical Fisher information as the curvature (Optimal
+    Brain Damage, LeCun et al. 1989, eq. 5; Theis et al. 2018, eq. 8)."""
+    return squares * jnp.square(w) / 2
+
+
+def squares(before: Array, w: Array, g: Array) -> Array:
+    """The moving mean of g^2 over some hundred updates; it starts at zero, which changes no order."""
+    return 0.99 * before + 0.01 * jnp.square(g)
+
+
+class Gradual(NamedTuple):
+    """A score on a schedule."""
+
+    worth: Callable[[Array, Array], Array]
+    """of the weights and of what is kept"""
+    kept: Callable[[Array, Array, Array], Array] | None = None
+    """what is kept of the gradients after an update: of what was before, the weights and the gradient; None where nothing is"""
+
+
+GRADUAL = {
+    "magnitude": Gradual(lambda w, _: magnitude(w)),
+    "fisher": Gradual(fisher, squares),
+    "movement": Gradual(lambda _, kept: kept, movement),
+}
+
+
 def sparsegpt(
     w: Float[Array, "I O"],
     hessian: Float[Array, "I I"],
@@ -291,8 +318,11 @@ def _spread(pattern: Pattern, x: Array, shape: tuple[int, ...]) -> Array:
     return x.reshape(shape)
 
 
-def gradients(loss: LossFn, params: Params, batches: dict[str, Array], chosen: Any) -> Any:
-    """The gradient of sum_batches total / sum_batches weight by the chosen weights, without dropout; None in place of the others."""
+def gradients(loss: LossFn, params: Params, batches: dict[str, Array], chosen: Any, power: int = 1) -> Any:
+    """The gradient of sum_batches total / sum_batches weight by the chosen weights, without dropout; None in place of the others.
+
+    With power 2, the mean over the batches of the square of each one's gradient.
+    """
     live, fixed = tree.split(params, chosen)
 
     def total(live: Any, batch: dict[str, Array]) -> tuple[Array, Array]:
@@ -301,6 +331,8 @@ def gradients(loss: LossFn, params: Params, batches: dict[str, Array], chosen: A
 
     def one(carry: Any, batch: dict[str, Array]) -> tuple[Any, None]:
         gradient, weight = jax.grad(total, has_aux=True)(live, batch)
+        if power == 2:
+            gradient, weight = jax.tree.map(lambda g: jnp.square(g / jnp.maximum(weight, 1e-9)), gradient), 1.0
         return jax.tree.map(jnp.add, carry, (gradient, weight)), None
 
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), live)

@@ -240,6 +240,26 @@ def test_taylor_is_gradient_times_weight(problem):
     zero_where(changed(prune(0.4, score="taylor", batches=2), problem, aux), problem, removed)
 
 
+def test_fisher_is_the_mean_of_squared_gradients_times_squared_weights(problem):
+    aux = calibration(problem)
+
+    def objective(params, batch):
+        found = problem.loss(params, batch, None, {})
+        return found.total / found.weight
+
+    gradient = jax.jit(jax.grad(objective), compiler_options=FAST)
+    each = [matrices(gradient(problem.params, {name: x[i] for name, x in aux.batches.items()})) for i in range(2)]
+    removed = {
+        name: np.stack(
+            [least((a**2 + b**2) * w**2, round(0.4 * w.size)) for a, b, w in zip(*(e[name] for e in each), x)]
+        )
+        for name, x in matrices(problem.params).items()
+    }
+    change = prune(0.4, score="fisher", batches=2)
+    assert change.calibration == 2 and not prune(0.4, score="fisher", schedule=(0, 2, 1)).calibration
+    zero_where(changed(change, problem, aux), problem, removed)
+
+
 def wanda_removes(x, w, pattern):
     worth = np.abs(w) * np.sqrt((x**2).sum(0))[:, None]
     if pattern == "2:4":
@@ -515,7 +535,7 @@ def toy_train(change, steps, rule=None):
     return [np.asarray(state.params["decoder"]["layers"]["mlp"]["up"]) for state in states], states
 
 
-@pytest.mark.parametrize("score", ["magnitude", "movement"])
+@pytest.mark.parametrize("score", ["magnitude", "fisher", "movement"])
 @pytest.mark.parametrize("straight_through", [False, True])
 def test_each_step_of_a_schedule(score, straight_through):
     """With the estimator the gradient at the pruned weights reaches the dense ones, which choose and may come back; else it stops at zeros."""
@@ -526,11 +546,11 @@ def test_each_step_of_a_schedule(score, straight_through):
     for t in range(1, 7):
         gradient = np.where(kept, dense, 0) - TARGET
         weights = dense if straight_through else np.where(kept, dense, 0)
-        worth = worth - gradient * weights
+        worth = 0.99 * worth + 0.01 * gradient**2 if score == "fisher" else worth - gradient * weights
         live = kept | (straight_through and t <= end)
         now = weights - lr * np.where(live, gradient, 0)
         if t <= end:
-            chosen = worth if score == "movement" else np.abs(weights)
+            chosen = {"movement": worth, "fisher": worth * weights**2, "magnitude": np.abs(weights)}[score]
             chosen = np.where(weights == 0, -np.inf, chosen)
             new = ~least(chosen, round(3 * (1 - (1 - t / end) ** 3)))
             back |= bool((new & ~kept).any())
@@ -625,7 +645,7 @@ def test_masks_lie_with_their_weights(problem, mesh, change):
         for _ in range(3):
             state, _ = step(state, batch)
     own = dict(zip(tree.names(state.params), jax.tree.leaves(state.params)))
-    for part in [getattr(state.opt_state, name, None) for name in ("hidden", "movement")]:
+    for part in [getattr(state.opt_state, name, None) for name in ("hidden", "kept")]:
         for name, x in zip(tree.names(part), jax.tree.leaves(part)):
             assert x.sharding.is_equivalent_to(own[name].sharding, x.ndim) and not x.is_fully_replicated, name
     alone = train(problem, change, 3)[-1]
@@ -716,6 +736,7 @@ def test_what_a_card_states(problem):
     [
         prune(),
         prune(0.9, score="movement", schedule=(0, 10, 5), straight_through=True),
+        prune(0.9, score="fisher", schedule=(0, 10, 5)),
         prune(0.75, pattern="1:4", score="sparsegpt", batches=2, sequential=False, targets=[UP]),
         keep_zeros([UP]),
         densify(),
@@ -755,7 +776,7 @@ def test_nothing_to_keep_is_the_identity():
         (dict(schedule=(5, 10)), "prune: schedule is (5, 10)"),
         (
             dict(schedule=(0, 4, 1), score="wanda"),
-            "prune: score 'wanda' does not go with a schedule: take magnitude or",
+            "prune: score 'wanda' does not go with a schedule: take magnitude, fisher, movement",
         ),
         (dict(batches=0), "prune: batches is 0: it must be at least 1"),
     ],
