@@ -64,7 +64,7 @@ def prune(
     Args:
         sparsity: share of zeros in the targets; with N:M it is 1 - N/M.
         score: magnitude, random, taylor, fisher, wanda, sparsegpt (which also changes what is left) or movement; the formulas stand in
-            `scores.py`. On a schedule fisher goes by the gradients of some hundred updates, those of all losses of the run.
+            `scores.py`. On a schedule fisher reads the second moments that the optimizer keeps (Adam, RMSProp), those of all losses of the run.
         scope: layer (each layer's matrix loses the share; within each output with wanda) or global (all are compared).
         pattern: unstructured; N:M, N of every M along the inputs of a product stay; or block:RxC, R inputs by C outputs go together.
         targets: regexes of the weights, all of them matrices of products in the layers.
@@ -77,7 +77,7 @@ def prune(
             layers together, twice; else at all layers of the dense model, batch by batch.
 
     Raises:
-        ConfigError: a value that is not allowed, or arguments that do not go together.
+        ConfigError: a value that is not allowed, or arguments that do not go together; at the start of a run an optimizer that does not.
     """
     rule = Rule(sparsity, score, scope, parse_pattern(pattern), tuple(targets))
     _check(rule, pattern, schedule, straight_through, batches)
@@ -272,6 +272,11 @@ def _hold(targets: Sequence[str]) -> Callable[[optax.GradientTransformation], op
     return update
 
 
+def _second_moments(state: Any) -> dict[str, Array]:
+    """E[g^2] by the paths of the params, as an optimizer keeps them, in parts where it treats params differently."""
+    return {k: x for _, nu in optax.tree_utils.tree_get_all_with_path(state, "nu") for k, x in _named(nu).items()}
+
+
 def _gradual(
     rule: Rule, schedule: tuple[int, int, int], straight_through: bool
 ) -> Callable[[optax.GradientTransformation], optax.GradientTransformation]:
@@ -289,6 +294,10 @@ def _gradual(
                     "prune: a schedule does not go with a schedule-free optimizer, which keeps its own copy"
                 )
             targets = tree.map_with_name(lambda name, x: x if _matches(name, rule.targets) else None, params)
+            if score.second_moments and not _named(targets).keys() <= _second_moments(below).keys():
+                raise ConfigError(
+                    f"prune: on a schedule score {rule.score!r} reads second moments, which this optimizer does not keep: take adam or adamw"
+                )
 
             def zeros() -> Any:
                 return jax.tree.map(jnp.zeros_like, targets)
@@ -317,7 +326,8 @@ def _gradual(
             def found(chosen: dict[str, Array], seen: dict[str, Array]) -> Any:
                 return limits(rule, worth(chosen, seen), chosen, cubic(now, begin, end, 1.0))
 
-            chosen, summed = matrices(weights), matrices(seen)
+            chosen = matrices(weights)
+            summed = matrices(_second_moments(below) if score.second_moments else seen)
             nowhere = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(found, chosen, summed))
             ends = jax.lax.cond(due, found, lambda *_: nowhere, chosen, summed)
             stays = within(rule, ends, worth(chosen, summed), chosen)

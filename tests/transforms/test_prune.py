@@ -540,7 +540,15 @@ def toy_train(change, steps, rule=None):
 def test_each_step_of_a_schedule(score, straight_through):
     """With the estimator the gradient at the pruned weights reaches the dense ones, which choose and may come back; else it stops at zeros."""
     end, lr = 4, 0.25
-    found, states = toy_train(prune(0.5, score=score, schedule=(0, end, 1), straight_through=straight_through), 6)
+    change = prune(0.5, score=score, schedule=(0, end, 1), straight_through=straight_through)
+    kept_squares = optax.GradientTransformation(  # plain descent that keeps them as Adam does
+        lambda params: optax.ScaleByRmsState(nu=jax.tree.map(jnp.zeros_like, params)),
+        lambda g, state, params=None: (
+            jax.tree.map(lambda g: -lr * g, g),
+            optax.ScaleByRmsState(nu=jax.tree.map(lambda s, g: 0.99 * s + 0.01 * g**2, state.nu, g)),
+        ),
+    )
+    found, states = toy_train(change, 6, kept_squares)
     dense, kept, worth = W.astype(np.float64), np.ones(W.shape, bool), np.zeros(W.shape)
     back = False
     for t in range(1, 7):
@@ -751,6 +759,17 @@ def test_the_label_makes_it_again(change):
 def test_nothing_to_keep_is_the_identity():
     assert keep_zeros([]) is IDENTITY and densify().update is IDENTITY.update
     assert transforms.chain(densify()).label == "densify()"
+
+
+def test_fisher_on_a_schedule_reads_what_the_optimizer_keeps(problem):
+    change = prune(0.75, score="fisher", schedule=(0, 4, 1))
+    for name in ("adamw", "rmsprop"):
+        for x in matrices(train(problem, change, 5, name=name)[-1].params).values():
+            assert (x == 0).mean() == 0.75
+    with pytest.raises(
+        ConfigError, match="'fisher' reads second moments, which this optimizer does not keep: take adam"
+    ):
+        change.update(optax.sgd(0.1)).init(problem.params)
 
 
 @pytest.mark.parametrize(
