@@ -230,8 +230,8 @@ class PruneState(NamedTuple):
     """updates made"""
     hidden: Any = None
     """straight through: the weights as they would be if none were removed"""
-    kept: Any = None
-    """what the score keeps of the gradients"""
+    sums: Any = None
+    """what movement sums up of the gradients"""
 
 
 def _kept(params: Any, targets: Sequence[str]) -> Any:
@@ -272,8 +272,8 @@ def _hold(targets: Sequence[str]) -> Callable[[optax.GradientTransformation], op
     return update
 
 
-def _second_moments(state: Any) -> dict[str, Array]:
-    """E[g^2] by the paths of the params, as an optimizer keeps them, in parts where it treats params differently."""
+def _squares(state: Any) -> dict[str, Array]:
+    """E[g^2] by the paths of the params, as optax keeps it (`nu`), in parts where the optimizer treats params differently."""
     return {k: x for _, nu in optax.tree_utils.tree_get_all_with_path(state, "nu") for k, x in _named(nu).items()}
 
 
@@ -294,7 +294,8 @@ def _gradual(
                     "prune: a schedule does not go with a schedule-free optimizer, which keeps its own copy"
                 )
             targets = tree.map_with_name(lambda name, x: x if _matches(name, rule.targets) else None, params)
-            if score.second_moments and not _named(targets).keys() <= _second_moments(below).keys():
+            known = _squares(below) if score.squares else _named(targets)
+            if any(name not in known or known[name].shape != x.shape for name, x in _named(targets).items()):
                 raise ConfigError(
                     f"prune: on a schedule score {rule.score!r} reads second moments, which this optimizer does not keep: take adam or adamw"
                 )
@@ -302,17 +303,16 @@ def _gradual(
             def zeros() -> Any:
                 return jax.tree.map(jnp.zeros_like, targets)
 
-            hidden, kept = zeros() if straight_through else None, zeros() if score.kept else None
-            return PruneState(below, jnp.zeros((), jnp.int32), hidden, kept)
+            hidden, sums = zeros() if straight_through else None, zeros() if score.add else None
+            return PruneState(below, jnp.zeros((), jnp.int32), hidden, sums)
 
         def step(updates, state, params=None, **extra):
-            before, now, hidden, seen = _kept(params, rule.targets), state.step + 1, state.hidden, state.kept
+            before, now, hidden, sums = _kept(params, rule.targets), state.step + 1, state.hidden, state.sums
             weights = params
             if straight_through:
                 weights = _at(lambda kept, p, h: jnp.where(kept, p, h), before, params, hidden)
-            if score.kept:
-                keep = score.kept
-                seen = _at(lambda _, s, w, g: keep(s, w, g), before, seen, weights, updates)
+            if add := score.add:
+                sums = _at(lambda _, s, w, g: add(s, w, g), before, sums, weights, updates)
             updates, below = optimizer.update(updates, state.inner, weights, **extra)
 
             due = (now > begin) & (now <= end) & ((now - begin) % every == 0)
@@ -320,24 +320,24 @@ def _gradual(
             def matrices(weights: Any) -> dict[str, Array]:
                 return {name: matrix(name, x) for name, x in _named(weights).items() if name in _named(before)}
 
-            def worth(chosen: dict[str, Array], seen: dict[str, Array]) -> dict[str, Array]:
-                return {name: score.worth(x, seen.get(name, x)) for name, x in chosen.items()}
+            def worth(chosen: dict[str, Array], read: dict[str, Array]) -> dict[str, Array]:
+                return {name: score.worth(x, read.get(name, x)) for name, x in chosen.items()}
 
-            def found(chosen: dict[str, Array], seen: dict[str, Array]) -> Any:
-                return limits(rule, worth(chosen, seen), chosen, cubic(now, begin, end, 1.0))
+            def found(chosen: dict[str, Array], read: dict[str, Array]) -> Any:
+                return limits(rule, worth(chosen, read), chosen, cubic(now, begin, end, 1.0))
 
             chosen = matrices(weights)
-            summed = matrices(_second_moments(below) if score.second_moments else seen)
-            nowhere = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(found, chosen, summed))
-            ends = jax.lax.cond(due, found, lambda *_: nowhere, chosen, summed)
-            stays = within(rule, ends, worth(chosen, summed), chosen)
+            read = matrices(_squares(below) if score.squares else sums)
+            nowhere = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(found, chosen, read))
+            ends = jax.lax.cond(due, found, lambda *_: nowhere, chosen, read)
+            stays = within(rule, ends, worth(chosen, read), chosen)
             stays = tree.map_with_name(lambda name, x: stays[name].reshape(x.shape), before)
             come_back = due & straight_through
             kept = jax.tree.map(lambda was, now: (was | come_back) & now, before, stays)
             if straight_through:
                 hidden = _at(lambda _, h, w, u: w + u, before, hidden, weights, updates)
                 updates = _at(lambda was, u, h: jnp.where(was, u, h), before, updates, hidden)
-            return _at(_settled, kept, updates, params), PruneState(below, now, hidden, seen)
+            return _at(_settled, kept, updates, params), PruneState(below, now, hidden, sums)
 
         return optax.GradientTransformationExtraArgs(init, step)
 

@@ -95,8 +95,9 @@ def movement(before: Array, w: Array, g: Array) -> Array:
 
 
 def fisher(w: Float[Array, "L I O"], squares: Float[Array, "L I O"]) -> Float[Array, "L I O"]:
-    """E[g^2] w^2 / 2, the second-order change of the loss when w becomes 0, with the empirical Fisher information as the curvature (Optimal
-    Brain Damage, LeCun et al. 1989, eq. 5; Theis et al. 2018, eq. 8)."""
+    """E[g^2] w^2 / 2, the second-order change of the loss when w becomes 0; the curvature is the empirical Fisher information (Theis et al. 2018,
+    eq. 8; Optimal Brain Damage, LeCun et al. 1989, eq. 5, takes the Hessian's diagonal).
+    """
     return squares * jnp.square(w) / 2
 
 
@@ -104,17 +105,17 @@ class Gradual(NamedTuple):
     """A score on a schedule."""
 
     worth: Callable[[Array, Array], Array]
-    """of the weights and of what is known of the gradients"""
-    kept: Callable[[Array, Array, Array], Array] | None = None
-    """what is kept of the gradients after an update: of what was before, the weights and the gradient; None where nothing is"""
-    second_moments: bool = False
-    """whether it reads E[g^2], which Adam keeps anyway: a mean of its own would be 9% of a step of MiniLM"""
+    """of the weights, and of its sums or the mean squares"""
+    add: Callable[[Array, Array, Array], Array] | None = None
+    """the sums after an update, of those before, the weights and the gradient; None where a score sums nothing up"""
+    squares: bool = False
+    """whether it reads E[g^2] as the optimizer keeps it: a mean of its own would be 9% of a step of MiniLM"""
 
 
 GRADUAL = {
     "magnitude": Gradual(lambda w, _: magnitude(w)),
-    "fisher": Gradual(fisher, second_moments=True),
-    "movement": Gradual(lambda _, kept: kept, movement),
+    "fisher": Gradual(fisher, squares=True),
+    "movement": Gradual(lambda _, sums: sums, movement),
 }
 
 

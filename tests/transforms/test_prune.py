@@ -653,7 +653,7 @@ def test_masks_lie_with_their_weights(problem, mesh, change):
         for _ in range(3):
             state, _ = step(state, batch)
     own = dict(zip(tree.names(state.params), jax.tree.leaves(state.params)))
-    for part in [getattr(state.opt_state, name, None) for name in ("hidden", "kept")]:
+    for part in [getattr(state.opt_state, name, None) for name in ("hidden", "sums")]:
         for name, x in zip(tree.names(part), jax.tree.leaves(part)):
             assert x.sharding.is_equivalent_to(own[name].sharding, x.ndim) and not x.is_fully_replicated, name
     alone = train(problem, change, 3)[-1]
@@ -770,6 +770,8 @@ def test_fisher_on_a_schedule_reads_what_the_optimizer_keeps(problem):
         ConfigError, match="'fisher' reads second moments, which this optimizer does not keep: take adam"
     ):
         change.update(optax.sgd(0.1)).init(problem.params)
+    with pytest.raises(ConfigError, match="reads second moments, which this optimizer does not keep"):  # one a matrix
+        change.update(optax.novograd(0.1)).init(problem.params)
 
 
 @pytest.mark.parametrize(
