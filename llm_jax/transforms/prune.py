@@ -152,6 +152,10 @@ def _check(rule: Rule, pattern: str, schedule: Any, straight_through: bool, batc
         )
     if rule.score not in scores.GRADUAL:
         raise ConfigError(f"prune: score {rule.score!r} does not go with a schedule: take {', '.join(scores.GRADUAL)}")
+    if scores.GRADUAL[rule.score].squares and begin + every < 2:
+        raise ConfigError(
+            f"prune: schedule is {tuple(schedule)}: before the first update there are no second moments for score {rule.score!r}: begin at 1 or later"
+        )
 
 
 def _named(params: Any) -> dict[str, Array]:
@@ -327,7 +331,8 @@ def _gradual(
                 return limits(rule, worth(chosen, read), chosen, cubic(now, begin, end, 1.0))
 
             chosen = matrices(weights)
-            read = matrices(_squares(below) if score.squares else sums)
+            # those of the updates before, like the weights: one pass then reads them for the optimizer and for the comparison
+            read = matrices(_squares(state.inner) if score.squares else sums)
             nowhere = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(found, chosen, read))
             ends = jax.lax.cond(due, found, lambda *_: nowhere, chosen, read)
             stays = within(rule, ends, worth(chosen, read), chosen)

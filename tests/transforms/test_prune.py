@@ -256,7 +256,7 @@ def test_fisher_is_the_mean_of_squared_gradients_times_squared_weights(problem):
         for name, x in matrices(problem.params).items()
     }
     change = prune(0.4, score="fisher", batches=2)
-    assert change.calibration == 2 and not prune(0.4, score="fisher", schedule=(0, 2, 1)).calibration
+    assert change.calibration == 2 and not prune(0.4, score="fisher", schedule=(0, 4, 2)).calibration
     zero_where(changed(change, problem, aux), problem, removed)
 
 
@@ -539,8 +539,9 @@ def toy_train(change, steps, rule=None):
 @pytest.mark.parametrize("straight_through", [False, True])
 def test_each_step_of_a_schedule(score, straight_through):
     """With the estimator the gradient at the pruned weights reaches the dense ones, which choose and may come back; else it stops at zeros."""
-    end, lr = 4, 0.25
-    change = prune(0.5, score=score, schedule=(0, end, 1), straight_through=straight_through)
+    begin, lr = int(score == "fisher"), 0.25  # which has nothing to read before the first update
+    end = begin + 4
+    change = prune(0.5, score=score, schedule=(begin, end, 1), straight_through=straight_through)
     kept_squares = optax.GradientTransformation(  # plain descent that keeps them as Adam does
         lambda params: optax.ScaleByRmsState(nu=jax.tree.map(jnp.zeros_like, params)),
         lambda g, state, params=None: (
@@ -548,22 +549,22 @@ def test_each_step_of_a_schedule(score, straight_through):
             optax.ScaleByRmsState(nu=jax.tree.map(lambda s, g: 0.99 * s + 0.01 * g**2, state.nu, g)),
         ),
     )
-    found, states = toy_train(change, 6, kept_squares)
-    dense, kept, worth = W.astype(np.float64), np.ones(W.shape, bool), np.zeros(W.shape)
+    found, states = toy_train(change, 7, kept_squares)
+    dense, kept, worth, squares = W.astype(np.float64), np.ones(W.shape, bool), np.zeros(W.shape), np.zeros(W.shape)
     back = False
-    for t in range(1, 7):
+    for t in range(1, 8):
         gradient = np.where(kept, dense, 0) - TARGET
         weights = dense if straight_through else np.where(kept, dense, 0)
-        worth = 0.99 * worth + 0.01 * gradient**2 if score == "fisher" else worth - gradient * weights
+        worth = worth - gradient * weights
         live = kept | (straight_through and t <= end)
         now = weights - lr * np.where(live, gradient, 0)
-        if t <= end:
-            chosen = {"movement": worth, "fisher": worth * weights**2, "magnitude": np.abs(weights)}[score]
+        if begin < t <= end:
+            chosen = {"movement": worth, "fisher": squares * weights**2, "magnitude": np.abs(weights)}[score]
             chosen = np.where(weights == 0, -np.inf, chosen)
-            new = ~least(chosen, round(3 * (1 - (1 - t / end) ** 3)))
+            new = ~least(chosen, round(3 * (1 - (1 - (t - begin) / (end - begin)) ** 3)))
             back |= bool((new & ~kept).any())
             kept = new
-        dense = now
+        squares, dense = 0.99 * squares + 0.01 * gradient**2, now
         np.testing.assert_allclose(found[t], np.where(kept, dense, 0), atol=1e-5, err_msg=f"{t}")
         assert (found[t] == 0).sum() == (~kept).sum()
     assert back == straight_through or score == "movement"
@@ -762,9 +763,9 @@ def test_nothing_to_keep_is_the_identity():
 
 
 def test_fisher_on_a_schedule_reads_what_the_optimizer_keeps(problem):
-    change = prune(0.75, score="fisher", schedule=(0, 4, 1))
+    change = prune(0.75, score="fisher", schedule=(1, 5, 1))
     for name in ("adamw", "rmsprop"):
-        for x in matrices(train(problem, change, 5, name=name)[-1].params).values():
+        for x in matrices(train(problem, change, 6, name=name)[-1].params).values():
             assert (x == 0).mean() == 0.75
     with pytest.raises(
         ConfigError, match="'fisher' reads second moments, which this optimizer does not keep: take adam"
@@ -798,6 +799,10 @@ def test_fisher_on_a_schedule_reads_what_the_optimizer_keeps(problem):
         (
             dict(schedule=(0, 4, 1), score="wanda"),
             "prune: score 'wanda' does not go with a schedule: take magnitude, fisher, movement",
+        ),
+        (
+            dict(schedule=(0, 4, 1), score="fisher"),
+            "prune: schedule is (0, 4, 1): before the first update there are no second moments for score 'fisher'",
         ),
         (dict(batches=0), "prune: batches is 0: it must be at least 1"),
     ],
