@@ -3,8 +3,8 @@
     pip install -e .
     python -m benchmarks.prune_schedule [--seeds 0 1 2]
 
-The start is configs/snippets_minilm.py of the same seed; on a schedule it is configs/prune_magnitude.py; at once it is the same run, as long, with the weights
-gone before its first step. Then the pruned model is fine-tuned further, stopped and started again on the way, and exported: the zeros are counted.
+The start is configs/snippets_minilm.py of the same seed; on a schedule it is configs/prune_fisher.py; at once it is the same run, as long, with the weights
+gone before its first step by the same score. Then the pruned model is fine-tuned further, stopped and started again on the way, and exported: the zeros are counted.
 """
 
 import argparse
@@ -62,12 +62,12 @@ def main():
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     seeds = parser.parse_args().seeds
     starts = arms.arm("full", arms.load("snippets_minilm"), seeds)
-    gradual = arms.following("prune_schedule", lambda start: arms.on("prune_magnitude", start), starts)
+    gradual = arms.following("prune_schedule", lambda start: arms.on("prune_fisher", start), starts)
 
     def at_once(start: str) -> config.Run:
-        run = arms.on("prune_magnitude", start)
-        _, *others = run.transforms
-        return dataclasses.replace(run, transforms=(prune(SPARSITY), *others))
+        run = arms.on("prune_fisher", start)
+        *others, _ = run.transforms
+        return dataclasses.replace(run, transforms=(*others, prune(SPARSITY, score="fisher", batches=128)))
 
     once = arms.following("prune_once", at_once, starts)
     dense, values = starts["eval"]["accuracy"]["values"], gradual["eval"]["accuracy"]["values"]

@@ -1,8 +1,9 @@
-"""MiniLM learns to tell fresh from rotten with its weights frozen: factors of rank 9 beside the products of the MLPs, and a head.
+"""SmolLM2-135M learns to tell fresh from rotten with its weights frozen: factors of rank 4 beside every product of its layers, and a head.
 
 python train.py --config=configs/lora_reviews.py
+python -m llm_jax export runs/lora_reviews adapter --format=peft
 
-Under one percent of the parameters are trained. Accuracy 0.828, seed 0, where all of them trained give 0.842; nine minutes on one core.
+Under one percent of the parameters are trained.
 """
 
 from llm_jax.config import Batch, Checkpoint, Data, Eval, Optimizer, Run, Schedule
@@ -13,16 +14,13 @@ from llm_jax.transforms import lora, new_head
 def get_config() -> Run:
     return Run(
         name="lora_reviews",
-        start="asset:minilm",
-        transforms=(
-            new_head("classification", labels=2, pooler="none"),
-            lora(9, targets=("mlp/.*",), also=("head/.*",)),
-        ),
+        start="asset:smollm2",
+        transforms=(new_head("classification", labels=2), lora(4, targets=(".*",), also=("head/.*",))),
         task=Classification(labels=("rotten", "fresh")),
         data=Data(sources=("asset:rotten-tomatoes",), heldout=0.2, group="movie", long="truncate"),
         optimizer=Optimizer(name="adamw", learning_rate=5e-4),
         schedule=Schedule(name="linear", final=0.0),
-        epochs=3,
+        epochs=1,
         batch=Batch(size=4, length=64),
         checkpoint=Checkpoint(every=10_000, best="accuracy"),
         eval=Eval(every=0),

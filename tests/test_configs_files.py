@@ -37,6 +37,9 @@ WORDS = (
 
 STARTS = {
     "asset:minilm": presets.bert(layers=6, dim=384, heads=12, mlp_dim=1536),
+    "asset:smollm2": presets.llama(
+        vocab_size=49_152, max_length=8192, layers=30, dim=576, heads=9, kv_heads=3, mlp_dim=1536, tie_embeddings=True
+    ),
     "models/bert-base-uncased": presets.bert(),
     "runs/snippets_minilm": presets.bert(
         layers=6, dim=384, heads=12, mlp_dim=1536, head="classification", labels=2, pooler="tanh"

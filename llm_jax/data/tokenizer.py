@@ -126,6 +126,25 @@ class Tokenizer:
             found[pair] = tuple(np.array(part, np.int32) for part in parts)
         return found
 
+    def framed(self) -> "Tokenizer":
+        """The tokenizer with a post-processor that adds what `frame` gives, so that other programs put it around a text too.
+
+        >>> t = load_tokenizer("bpe:300", ["aa aa aa"] * 9)
+        >>> made = tokenizers.Tokenizer.from_str(t.framed().definition)
+        >>> made.encode("aa").ids == [*t.encode("aa").tolist(), t.eos]
+        True
+        """
+        _, end = self.frame()
+        if not len(end) or self._literal.num_special_tokens_to_add(is_pair=False):
+            return self
+        engine, name = tokenizers.Tokenizer.from_str(self.definition), self.token(int(end[0]))
+        added = tokenizers.processors.TemplateProcessing(
+            single=["$A", name], pair=["$A", name, "$B:1", f"{name}:1"], special_tokens=[(name, int(end[0]))]
+        )
+        own = engine.post_processor
+        engine.post_processor = added if own is None else tokenizers.processors.Sequence([own, added])
+        return dataclasses.replace(self, definition=engine.to_str())
+
     def encode_spans(self, text: str, special: bool = False) -> tuple[Int[np.ndarray, " N"], Int[np.ndarray, " N"]]:
         """(ids, ends): the tokens up to and with i cover the first `ends[i]` UTF-8 bytes of the text, the last all.
 

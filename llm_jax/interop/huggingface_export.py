@@ -93,9 +93,7 @@ def save(
         unfinished.mkdir(parents=True)
         if origin.get("generation"):
             _write_json(unfinished / "generation_config.json", origin["generation"])
-        if model.tokenizer is not None:
-            model.tokenizer.save(unfinished)
-            _write_json(unfinished / "tokenizer_config.json", tokenizer_config(model.tokenizer, model.config))
+        save_tokenizer(model, unfinished)
         tensor_files.write_folder(unfinished, items, shard_size)
         made = (stated["architectures"][0], chosen.name)
         about = model_card.readme(path.name, model.card, model.config, model.tokenizer, *made, ancestors)
@@ -195,6 +193,15 @@ def _with_ids(made: dict[str, Any], model: Model) -> dict[str, Any]:
         begin = made["pad_token_id"] if model.tokenizer is None else model.tokenizer.start
         made["decoder_start_token_id"] = begin if begin is not None else 0
     return made
+
+
+def save_tokenizer(model: Model, folder: Path) -> None:
+    """Write the tokenizer's files, if the model has one. It frames texts as tasks do, but for a decoder's prompts, which go on."""
+    if model.tokenizer is None:
+        return
+    continued = model.config.architecture == "decoder" and model.config.head == "lm"
+    (model.tokenizer if continued else model.tokenizer.framed()).save(folder)
+    _write_json(folder / "tokenizer_config.json", tokenizer_config(model.tokenizer, model.config))
 
 
 def tokenizer_config(tokenizer: Tokenizer, config: ModelConfig) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from llm_jax.errors import CheckpointError
 from llm_jax.interop import families, names, tensor_files
 from llm_jax.interop.family import Family
 from llm_jax.interop.fields import Fields, read_json
+from llm_jax.interop.huggingface_export import save_tokenizer
 from llm_jax.interop.names import Place
 from llm_jax.model import Model
 from llm_jax.models.config import ModelConfig
@@ -57,6 +58,8 @@ class Module(NamedTuple):
 def save(model: Model, path: str | Path, base: str = "") -> None:
     """Write the factors of a model as `adapter_config.json` and `adapter_model.safetensors`; with a classification or span head its weights too.
 
+    Its tokenizer lies beside them, since the base's need not frame texts as this model has read them (`Tokenizer.framed`).
+
     Queries, keys and values of GPT-2 lie in one product there: its factors are those of the adapted ones side by side, of as many times the rank.
 
     Args:
@@ -89,6 +92,7 @@ def save(model: Model, path: str | Path, base: str = "") -> None:
     path.mkdir(parents=True, exist_ok=True)
     try:
         contiguous = {name: np.ascontiguousarray(x, np.float32) for name, x in tensors.items()}
+        save_tokenizer(model, path)
         (path / WEIGHTS).write_bytes(safetensors.numpy.save(contiguous, metadata={"format": "pt"}))
         # last, since a folder without it is no adapter
         (path / CONFIG).write_text(json.dumps(stated, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -8,6 +8,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from llm_jax import cli, tree
+from llm_jax.data.tokenizer import load_tokenizer
 from llm_jax.errors import CheckpointError
 from llm_jax.interop import huggingface, peft, tensor_files
 from llm_jax.model import Model, apply, load, save, transform
@@ -115,6 +116,23 @@ def test_a_head_comes_with_it(made, tmp_path, family):
     )
     again = peft.load(tmp_path / "adapter", base)
     jax.tree.map(np.testing.assert_array_equal, again.params, params)
+
+
+@pytest.mark.parametrize("write", [peft.save, huggingface.save], ids=["adapter", "model"])
+def test_the_tokenizer_frames_a_text_to_classify(made, tmp_path, write):
+    """Where the base's adds nothing, the end token that the class was read at in training."""
+    transformers = pytest.importorskip("transformers")
+    tokenizer = load_tokenizer("bpe:300", ["a quiet triumph"] * 9)
+    model = made("llama", head="classification", labels=2, vocab_size=300)
+    model = adapt(model) if write is peft.save else model
+    write(Model(model.config, model.params, tokenizer, {}), tmp_path / "written")
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "written")
+    ids = tokenizer.encode("a triumph").tolist()
+    assert theirs("a triumph").input_ids == [*ids, tokenizer.eos]
+    assert theirs("a triumph", "a").input_ids == [*ids, tokenizer.eos, *tokenizer.encode("a"), tokenizer.eos]
+    again = load_tokenizer(str(tmp_path / "written"))
+    for pair in (False, True):
+        assert [x.tolist() for x in again.frame(pair)] == [x.tolist() for x in tokenizer.frame(pair)]
 
 
 def test_the_verbs_write_and_read_an_adapter(made, tmp_path, capsys):
