@@ -3,8 +3,9 @@
     pip install -e .
     python -m benchmarks.prune_schedule [--seeds 0 1 2]
 
-The start is configs/snippets_minilm.py of the same seed; on a schedule it is configs/prune_fisher.py; at once it is the same run, as long, with the weights
-gone before its first step by the same score. Then the pruned model is fine-tuned further, stopped and started again on the way, and exported: the zeros are counted.
+The start is configs/snippets_minilm.py of the same seed; on a schedule it is configs/prune_fisher.py; at once it is the same run, as long, with the
+weights gone before its first step by the same score. Then the pruned model is fine-tuned further, stopped and started again on the way, and exported:
+the zeros are counted.
 """
 
 import argparse

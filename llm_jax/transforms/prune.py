@@ -64,7 +64,8 @@ def prune(
     Args:
         sparsity: share of zeros in the targets; with N:M it is 1 - N/M.
         score: magnitude, random, taylor, fisher, wanda, sparsegpt (which also changes what is left) or movement; the formulas stand in
-            `scores.py`. On a schedule fisher reads the second moments that the optimizer keeps (Adam, RMSProp), those of all losses of the run.
+            `scores.py`. On a schedule fisher reads the second moments that the optimizer keeps (Adam, RMSProp), as the updates before left
+            them, of all losses of the run.
         scope: layer (each layer's matrix loses the share; within each output with wanda) or global (all are compared).
         pattern: unstructured; N:M, N of every M along the inputs of a product stay; or block:RxC, R inputs by C outputs go together.
         targets: regexes of the weights, all of them matrices of products in the layers.
@@ -331,7 +332,7 @@ def _gradual(
                 return limits(rule, worth(chosen, read), chosen, cubic(now, begin, end, 1.0))
 
             chosen = matrices(weights)
-            # those of the updates before, like the weights: one pass then reads them for the optimizer and for the comparison
+            # like the weights, as they were before this update
             read = matrices(_squares(state.inner) if score.squares else sums)
             nowhere = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(found, chosen, read))
             ends = jax.lax.cond(due, found, lambda *_: nowhere, chosen, read)
