@@ -4,8 +4,8 @@
     python -m benchmarks.prune_schedule [--seeds 0 1 2]
 
 The start is configs/snippets_minilm.py of the same seed; on a schedule it is configs/prune_fisher.py; at once it is the same run, as long, with the
-weights gone before its first step by the same score. Then the pruned model is fine-tuned further, stopped and started again on the way, and exported:
-the zeros are counted.
+weights gone before its first step by SparseGPT, the best of the scores at once. Then the pruned model is fine-tuned further, stopped and started
+again on the way, and exported: the zeros are counted.
 """
 
 import argparse
@@ -68,7 +68,7 @@ def main():
     def at_once(start: str) -> config.Run:
         run = arms.on("prune_fisher", start)
         *others, _ = run.transforms
-        return dataclasses.replace(run, transforms=(*others, prune(SPARSITY, score="fisher", batches=128)))
+        return dataclasses.replace(run, transforms=(*others, prune(SPARSITY, score="sparsegpt", batches=128)))
 
     once = arms.following("prune_once", at_once, starts)
     dense, values = starts["eval"]["accuracy"]["values"], gradual["eval"]["accuracy"]["values"]
