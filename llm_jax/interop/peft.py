@@ -48,11 +48,14 @@ class Module(NamedTuple):
     depth: int
     parts: dict[str, Place]
     """by the path here of the weight"""
+    layers: tuple[int, ...]
+    """those that are adapted"""
 
     @property
     def pattern(self) -> str:
-        """A regex of its path in any layer."""
-        return re.escape(self.theirs).replace(r"\{\}", r"\d+")
+        """A regex of its path in the layers that are adapted."""
+        numbers = r"\d+" if len(self.layers) == self.depth else f"({'|'.join(map(str, self.layers))})"
+        return re.escape(self.theirs).replace(r"\{\}", numbers)
 
 
 def save(model: Model, path: str | Path, base: str = "") -> None:
@@ -78,12 +81,9 @@ def save(model: Model, path: str | Path, base: str = "") -> None:
     _refuse_more(model)
     family, plain = _base(model)
     places = names.places(plain, family.entries(plain, family.prefixes[plain.head]))
-    modules = [
-        module._replace(parts={ours: place for ours, place in module.parts.items() if _adapted(config, ours)})
-        for module in _modules(plain, places)
-    ]
-    modules = [module for module in modules if module.parts]
     leaves = {name: np.asarray(jax.device_get(x)) for name, x in _factors_and_head(model)}
+    modules = [_adapted(config, module, leaves) for module in _modules(plain, places)]
+    modules = [module for module in modules if module.parts and module.layers]
     tensors = {name: x for module in modules for name, x in _write(module, leaves)}
     head = {} if config.head not in ("classification", "span") else {p: x for p, x in places.items() if p in leaves}
     tensors |= {PREFIX + name: fetch() for name, _, fetch in names.arrays(model.params, head)}
@@ -169,8 +169,11 @@ def _refuse_more(model: Model) -> None:
             )
 
 
-def _adapted(config: ModelConfig, ours: str) -> bool:
-    return config.adapted(ours.split("/layers/")[1])
+def _adapted(config: ModelConfig, module: Module, leaves: Tensors) -> Module:
+    """The module with its adapted parts and layers alone; a layer is not adapted where A and B are zero."""
+    parts = {ours: place for ours, place in module.parts.items() if config.adapted(ours.split("/layers/")[1])}
+    factors = [leaves[f"{ours}_lora_{which}"] for ours in parts for which in "ab"]
+    return module._replace(parts=parts, layers=tuple(i for i in module.layers if any(x[i].any() for x in factors)))
 
 
 def _modules(plain: ModelConfig, places: dict[str, Place]) -> list[Module]:
@@ -181,7 +184,7 @@ def _modules(plain: ModelConfig, places: dict[str, Place]) -> list[Module]:
         if within in plain.products:
             theirs = place.entry.theirs.removesuffix(".weight")
             depth = plain.encoder_depth if side == "encoder" else plain.decoder_depth
-            found.setdefault(theirs, Module(theirs, depth, {})).parts[ours] = place
+            found.setdefault(theirs, Module(theirs, depth, {}, tuple(range(depth)))).parts[ours] = place
     return list(found.values())
 
 
@@ -198,8 +201,8 @@ def _split(place: Place) -> tuple[tuple[int, ...], tuple[int, ...]]:
 
 
 def _write(module: Module, leaves: Tensors) -> Iterator[tuple[str, np.ndarray]]:
-    """lora_A (R, in) and lora_B (out, R) of each layer; of a fused product, B has a block for each part."""
-    for layer in range(module.depth):
+    """lora_A (R, in) and lora_B (out, R) of each adapted layer; of a fused product, B has a block for each part."""
+    for layer in module.layers:
         rows, columns = [], []
         for ours, place in module.parts.items():
             taken, made = _split(place)

@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array
 
 from llm_jax import tree
@@ -32,6 +33,7 @@ def lora(
     targets: Sequence[str] = LORA_TARGETS,
     rank_stabilised: bool = False,
     also: Sequence[str] = (),
+    layers: Sequence[int] | None = None,
 ) -> Transform:
     """x W becomes x W + alpha/rank (x A) B, and A and B alone are trained (Hu et al. 2021, eq. 3); B starts at zero, A normal with variance 1/fan_in.
 
@@ -43,20 +45,26 @@ def lora(
         targets: regexes of weights by their path in a layer (`attention/query`, `cross/out`, `mlp/up`, ...), by default queries and values.
         rank_stabilised: scale by alpha/sqrt(rank) (Kalajdzievski 2023, section 4).
         also: regexes of other parameters, by their whole path, that are trained with the factors, such as `head/.*`.
+        layers: numbers of the layers that are adapted, from 0 below, by default all. In others A is zero as B is, which no gradient moves.
 
     Raises:
-        ConfigError: a value that is not allowed, a target that matches no weight, a model with other factors.
+        ConfigError: a value that is not allowed, a target that matches no weight, a layer that is not there, a model with other factors.
     """
     targets, also = ((x,) if isinstance(x, str) else tuple(x) for x in (targets, also))
     fields: dict[str, Any] = dict(
         lora_rank=rank, lora_alpha=alpha, lora_targets=targets, lora_rank_stabilised=rank_stabilised
     )
     ModelConfig(architecture="encoder-decoder", mlp="gated_silu", **fields)  # has every weight that a target may mean
+    layers = None if layers is None else tuple(layers)
+    if layers is not None and (not layers or min(layers) < 0):
+        raise ConfigError(f"lora: layers is {layers}: name some of the layers by number, from 0 below")
     if not rank:
         return IDENTITY
 
     def config(sizes: ModelConfig) -> ModelConfig:
-        made = sizes.replace(**fields)
+        made, depth = sizes.replace(**fields), max(sizes.encoder_depth, sizes.decoder_depth)
+        if layers and max(layers) >= depth:
+            raise ConfigError(f"lora: layers has {max(layers)}, and the layers of the model are 0 to {depth - 1}")
         if sizes.lora_rank and made != sizes:
             raise ConfigError(
                 f"lora: the model has factors of rank {sizes.lora_rank} already, of other settings: fold them in with merge_lora() first"
@@ -67,11 +75,18 @@ def lora(
         if sizes.lora_rank:
             return weights
         old = dict(zip(tree.names(weights), jax.tree.leaves(weights)))
-        return tree.map_with_name(lambda name, fresh: old.get(name, fresh), transformer.init(config(sizes), key))
+
+        def one(name: str, fresh: Array) -> Array:
+            if layers is None or not name.endswith("_lora_a"):
+                return old.get(name, fresh)
+            adapted = np.isin(np.arange(fresh.shape[0]), layers)
+            return jnp.where(adapted.reshape(-1, *[1] * (fresh.ndim - 1)), fresh, 0)
+
+        return tree.map_with_name(one, transformer.init(config(sizes), key))
 
     trained = train_only(lambda params: tree.mask(params, (FACTORS, *also), "lora: regex"))
-    options = {"targets": targets, "rank_stabilised": rank_stabilised, "also": also}
-    usual = {"targets": LORA_TARGETS, "rank_stabilised": False, "also": ()}
+    options = {"targets": targets, "rank_stabilised": rank_stabilised, "also": also, "layers": layers}
+    usual = {"targets": LORA_TARGETS, "rank_stabilised": False, "also": (), "layers": None}
     told = "".join(f", {name}={value!r}" for name, value in options.items() if value != usual[name])
     return trained._replace(config=config, params=params, label=f"lora({rank}, alpha={alpha}{told})")
 

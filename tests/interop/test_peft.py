@@ -24,12 +24,16 @@ def leaves(params):
 
 
 def adapt(base, seed=1, **options):
-    """A model with factors, none of them zero, over the base."""
+    """A model with factors over the base, none of them zero in the layers that are adapted."""
     config, own = lora(2, **{"alpha": 3.0, **options}).config(base.config), leaves(base.params)
-    rng = np.random.default_rng(seed)
+    rng, left_out = np.random.default_rng(seed), set(range(2)) - set(options.get("layers", range(2)))
 
     def one(name, x):
-        return own[name] if name in own else 0.3 * rng.standard_normal(x.shape).astype(np.float32)
+        if name in own:
+            return own[name]
+        factor = 0.3 * rng.standard_normal(x.shape).astype(np.float32)
+        factor[list(left_out)] = 0
+        return factor
 
     return Model(config, tree.map_with_name(one, transformer.shapes(config)))
 
@@ -72,6 +76,8 @@ def products(folder):
         *((family, {"targets": ".*", "rank_stabilised": True}) for family in FAMILIES),
         ("gpt2", {}),
         ("llama", {}),
+        ("gpt2", {"layers": [1]}),
+        ("t5", {"layers": [0]}),
     ],
 )
 def test_what_is_written_is_the_change_of_the_weights(made, tmp_path, family, options):
@@ -270,7 +276,11 @@ PARITY = {
 
 
 @pytest.mark.parametrize("family", PARITY)
-@pytest.mark.parametrize("options", [{}, {"targets": ".*", "rank_stabilised": True}], ids=["usual", "everywhere"])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"targets": ".*", "rank_stabilised": True}, {"layers": [1]}],
+    ids=["usual", "everywhere", "one layer"],
+)
 def test_peft_agrees(made, tmp_path, family, options):
     """The logits of PEFT's model, with the adapter that was written here, are ours; and the adapter that it writes is read as it was."""
     other, torch = pytest.importorskip("peft"), pytest.importorskip("torch")

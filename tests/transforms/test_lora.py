@@ -223,6 +223,21 @@ def test_it_costs_less_than_half_the_backward_pass(adapted):
     assert work(CHANGE.grad(adapted.grad)) < 0.85 * work(adapted.grad)
 
 
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_layers_that_are_not_adapted_keep_their_zeros(problem, name):
+    change = lora(2, targets=(".*",), layers=[1])
+    config, params = laws.changed(change, Tiny("", problem.config, problem.params))
+    loss, optimizer = NextToken().loss(config), optimizer_of(config, change, name=name, weight_decay=0.1)
+    state = init_state(params, optimizer, jax.random.key(0))
+    step = jax.jit(make_step(loss, change.grad(differentiate(loss)), optimizer), compiler_options=laws.FAST)
+    for _ in range(3):
+        state, _ = step(state, problem.batch)
+    new = leaves(state.params)
+    for path, old in leaves(params).items():
+        if is_factor(path):
+            assert not new[path][0].any() and (new[path][1] != old[1]).any(), path
+
+
 def test_with_parameters_frozen_besides(adapted):
     change = chain(CHANGE, freeze([".*value_lora_[ab]"]))
     gradient = leaves(
@@ -265,6 +280,7 @@ def test_labels_are_code():
     for change in (
         lora(2),
         lora(4, alpha=8.0, targets="mlp/.*", rank_stabilised=True, also="head/.*"),
+        lora(4, layers=range(8, 23)),
         merge_lora(),
         merge_lora(keep_zeros=True),
     ):
@@ -291,6 +307,8 @@ def test_it_is_not_exported_as_it_is(tmp_path):
         (dict(rank=2, alpha=0.0), "model.lora_alpha is 0.0: it must be above 0 and finite"),
         (dict(rank=2, targets=()), "model.lora_targets is empty: name the weights of the layers that get factors"),
         (dict(rank=2, targets=("attention/quer",)), "model.lora_targets 'attention/quer' matches no weight; did you mean 'attention/query'?"),
+        (dict(rank=2, layers=()), "lora: layers is (): name some of the layers by number, from 0 below"),
+        (dict(rank=2, layers=(1, -1)), "lora: layers is (1, -1): name some of the layers by number, from 0 below"),
         (dict(rank=2, targets="mlp/(up"), "model.lora_targets has 'mlp/(up', which is no regex: missing ), unterminated subpattern at position 4"),
     ],
 )  # fmt: skip
@@ -303,6 +321,8 @@ def test_what_is_refused(arguments, message):
 def test_what_is_refused_of_a_model(problem):
     with pytest.raises(ConfigError, match="'cross/query' matches no weight; known: attention/key, "):
         lora(2, targets="cross/query").config(problem.config)
+    with pytest.raises(ConfigError, match="lora: layers has 2, and the layers of the model are 0 to 1$"):
+        lora(2, layers=(0, 2)).config(problem.config)
     with pytest.raises(ConfigError, match=r"lora: regex .* matches no parameter"):
         CHANGE.grad(problem.grad)(problem.params, problem.batch, None, {})
     _, params = laws.changed(CHANGE, Tiny("", problem.config, problem.params))
