@@ -84,6 +84,8 @@ def save(model: Model, path: str | Path, base: str = "") -> None:
     leaves = {name: np.asarray(jax.device_get(x)) for name, x in _factors_and_head(model)}
     modules = [_adapted(config, module, leaves) for module in _modules(plain, places)]
     modules = [module for module in modules if module.parts and module.layers]
+    if not modules:
+        raise CheckpointError("all factors of the model are zero, so that there is no adapter to write")
     tensors = {name: x for module in modules for name, x in _write(module, leaves)}
     head = {} if config.head not in ("classification", "span") else {p: x for p, x in places.items() if p in leaves}
     tensors |= {PREFIX + name: fetch() for name, _, fetch in names.arrays(model.params, head)}

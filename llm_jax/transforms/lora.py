@@ -45,7 +45,8 @@ def lora(
         targets: regexes of weights by their path in a layer (`attention/query`, `cross/out`, `mlp/up`, ...), by default queries and values.
         rank_stabilised: scale by alpha/sqrt(rank) (Kalajdzievski 2023, section 4).
         also: regexes of other parameters, by their whole path, that are trained with the factors, such as `head/.*`.
-        layers: numbers of the layers that are adapted, from 0 below, by default all. In others A is zero as B is, which no gradient moves.
+        layers: numbers of the layers that are adapted, from 0 below, by default all. In others A is zero as B is, which no gradient moves;
+            they take memory like the rest, since layers are stacked.
 
     Raises:
         ConfigError: a value that is not allowed, a target that matches no weight, a layer that is not there, a model with other factors.

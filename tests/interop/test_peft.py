@@ -25,14 +25,15 @@ def leaves(params):
 
 def adapt(base, seed=1, **options):
     """A model with factors over the base, none of them zero in the layers that are adapted."""
+    left_out = sorted(set(range(2)) - set(options.pop("layers", range(2))))
     config, own = lora(2, **{"alpha": 3.0, **options}).config(base.config), leaves(base.params)
-    rng, left_out = np.random.default_rng(seed), set(range(2)) - set(options.get("layers", range(2)))
+    rng = np.random.default_rng(seed)
 
     def one(name, x):
         if name in own:
             return own[name]
         factor = 0.3 * rng.standard_normal(x.shape).astype(np.float32)
-        factor[list(left_out)] = 0
+        factor[left_out] = 0
         return factor
 
     return Model(config, tree.map_with_name(one, transformer.shapes(config)))
@@ -219,6 +220,8 @@ def test_what_is_not_written(made, tmp_path):
     odd = made("llama", norm="layer")
     with pytest.raises(CheckpointError, match="no family of transformers has such a model"):
         peft.save(adapt(odd), tmp_path / "adapter")
+    with pytest.raises(CheckpointError, match="all factors of the model are zero, so that there is no adapter"):
+        peft.save(adapt(made("llama"), layers=()), tmp_path / "adapter")
     assert not (tmp_path / "adapter").exists()
 
 
