@@ -142,7 +142,8 @@ def compiler_options(devices: int = 1) -> dict[str, Any]:
     """XLA's options for a step over so many devices, beside what the user sets in XLA_FLAGS, which stays as it is.
 
     **CPU**: the finer analysis of which copies a donated state needs: without it Adam's moments are copied before they are overwritten,
-    a third of the memory of a step of MiniLM and a seventh of its time.
+    a third of the memory of a step of MiniLM and a seventh of its time. And the order of the instructions that needs least memory, not that
+    which lets most of them run at once: on two cores a thirteenth of that step.
 
     **GPU**, several of them: collectives run beside the arithmetic. They are begun a layer ahead (pipelined), two layers to a turn of the
     loop, and the scheduler moves them away from where they are waited for. Not timed: nobody here has a GPU.
@@ -150,18 +151,21 @@ def compiler_options(devices: int = 1) -> dict[str, Any]:
     **TPU**: none. By itself libtpu (0.0.52) moves most collectives beside the arithmetic; of the options that are recommended for it only two
     together change the compiled step: docs/scale.md tells how. They were never timed, so they are left to LIBTPU_INIT_ARGS.
     """
-    wanted: tuple[str, ...] = ()
+    wanted: dict[str, bool] = {}
     if target() == "cpu":
-        wanted = ("xla_cpu_copy_insertion_use_region_analysis",)
+        wanted = {
+            "xla_cpu_copy_insertion_use_region_analysis": True,
+            "xla_cpu_enable_concurrency_optimized_scheduler": False,
+        }
     elif target() == "gpu" and devices > 1:
-        wanted = _OVERLAP
+        wanted = dict.fromkeys(_OVERLAP, True)
     told = re.findall(r"--(\w+)", os.environ.get("XLA_FLAGS", ""))
-    return {name: True for name in wanted if name not in told and _knows(name)}
+    return {name: value for name, value in wanted.items() if name not in told and _knows(name)}
 
 
 @functools.cache
 def _knows(option: str) -> bool:
-    """Whether the XLA at hand has an option that can be true; another would refuse to compile."""
+    """Whether the XLA at hand has an option that is true or false; another would refuse to compile."""
     try:
         jax.jit(lambda: 0, compiler_options={option: True}).lower().compile()
     except jax.errors.JaxRuntimeError:

@@ -323,7 +323,9 @@ def _gradual(
             due = (now > begin) & (now <= end) & ((now - begin) % every == 0)
 
             def matrices(weights: Any) -> dict[str, Array]:
-                return {name: matrix(name, x) for name, x in _named(weights).items() if name in _named(before)}
+                # weights that go by themselves keep their shape: read in another one they could not be updated in place
+                shaped = (lambda _, x: x) if rule.pattern.alone else matrix
+                return {name: shaped(name, x) for name, x in _named(weights).items() if name in _named(before)}
 
             def worth(chosen: dict[str, Array], read: dict[str, Array]) -> dict[str, Array]:
                 return {name: score.worth(x, read.get(name, x)) for name, x in chosen.items()}

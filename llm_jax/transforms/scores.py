@@ -35,6 +35,11 @@ class Pattern(NamedTuple):
     keep: int = 0
     of: int = 0
 
+    @property
+    def alone(self) -> bool:
+        """Whether each weight goes by itself."""
+        return not self.of and self.rows * self.columns == 1
+
 
 def parse_pattern(text: str) -> Pattern:
     """The pattern that `prune` calls so.
@@ -195,19 +200,22 @@ def _inverse_factor(hessian: Float[Array, "I I"], damping: float, total: int) ->
 Limits = tuple[Array, Array]
 """The greatest value, as `_ordered` has it, and the place among equal ones, below which entries are chosen"""
 
+Axes = tuple[int, ...] | None
+"""Over which values are compared; None for all of them, of arrays that may have different numbers of axes"""
 
-def smallest(arrays: Sequence[Array], count: Any, axes: tuple[int, ...]) -> list[Bool[Array, "..."]]:
+
+def smallest(arrays: Sequence[Array], count: Any, axes: Axes) -> list[Bool[Array, "..."]]:
     """True at exactly `count` values over `axes`, of all arrays together: the smallest, and of equal ones the first."""
     return below(arrays, bisect(arrays, count, axes), axes)
 
 
-def below(arrays: Sequence[Array], found: Limits, axes: tuple[int, ...]) -> list[Bool[Array, "..."]]:
+def below(arrays: Sequence[Array], found: Limits, axes: Axes) -> list[Bool[Array, "..."]]:
     """True at the values that `bisect` found to be the smallest."""
     limit, last = found
     return [(x < limit) | ((x == limit) & (at < last)) for x, at in zip(map(_ordered, arrays), _places(arrays, axes))]
 
 
-def bisect(arrays: Sequence[Array], count: Any, axes: tuple[int, ...]) -> Limits:
+def bisect(arrays: Sequence[Array], count: Any, axes: Axes) -> Limits:
     """Where the `count` smallest values over `axes`, of all arrays together, and of equal ones the first, end.
 
     What a stable sort would choose, found by bisection over the bits of the values and then over the places of the equal ones: 64 passes that
@@ -224,10 +232,10 @@ def bisect(arrays: Sequence[Array], count: Any, axes: tuple[int, ...]) -> Limits
         return jax.lax.fori_loop(0, 32, bit, jnp.zeros(shape, jnp.uint32))
 
     def counted(each: Sequence[Array]) -> Array:
-        return sum(jnp.sum(x, axis=axes, keepdims=True, dtype=jnp.uint32) for x in each)  # type: ignore[return-value]
+        return sum(jnp.sum(x, axis=axes, keepdims=axes is not None, dtype=jnp.uint32) for x in each)  # type: ignore[return-value]
 
     wanted = jnp.asarray(count, jnp.uint32)
-    shape = tuple(1 if i in axes else n for i, n in enumerate(arrays[0].shape))
+    shape = () if axes is None else tuple(1 if i in axes else n for i, n in enumerate(arrays[0].shape))
     values, places = [_ordered(x) for x in arrays], _places(arrays, axes)
     limit = greatest(lambda t: counted([x < t for x in values]) <= wanted, shape)
     rest = wanted - counted([x < limit for x in values])
@@ -235,16 +243,21 @@ def bisect(arrays: Sequence[Array], count: Any, axes: tuple[int, ...]) -> Limits
     return limit, last
 
 
-def _places(arrays: Sequence[Array], axes: tuple[int, ...]) -> list[Array]:
+def _places(arrays: Sequence[Array], axes: Axes) -> list[Array]:
     """The number of each entry over `axes`, counted on from array to array."""
     found, offset = [], 0
     for x in arrays:
         place = jnp.zeros((), jnp.uint32)
-        for axis in axes:
+        for axis in range(x.ndim) if axes is None else axes:
             place = place * x.shape[axis] + jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
         found.append(place + jnp.uint32(offset))
-        offset += math.prod(x.shape[axis] for axis in axes)
+        offset += _size(x, axes)
     return found
+
+
+def _size(x: Array, axes: Axes) -> int:
+    """How many entries of x are compared."""
+    return x.size if axes is None else math.prod(x.shape[axis] for axis in axes)
 
 
 def _ordered(x: Array) -> Array:
@@ -264,42 +277,43 @@ def select(rule: Rule, worth: Matrices, weights: Matrices) -> dict[str, Bool[Arr
 
 def limits(rule: Rule, worth: Matrices, weights: Matrices, share: Any = 1.0) -> dict[str, Limits]:
     """Where the choice of `select` ends in each group when `share` of what goes in the end goes now."""
-    axes = _compared(rule)
 
-    def found(arrays: list[Array], axes: tuple[int, ...]) -> Limits:
-        size = sum(math.prod(x.shape[axis] for axis in axes) for x in arrays)
+    def found(arrays: list[Array]) -> Limits:
+        axes = _compared(rule, arrays[0])
+        size = sum(_size(x, axes) for x in arrays)
         count = rule.pattern.of - rule.pattern.keep if rule.pattern.of else round(rule.sparsity * size)
         now = jnp.asarray(jnp.round(count * share), jnp.uint32)
         return bisect(arrays, jnp.where(share >= 1, jnp.uint32(count), now), axes)
 
     pooled = {name: _pool(rule.pattern, worth[name], weights[name]) for name in worth}
     if rule.scope == "global":
-        return {"": found(list(pooled.values()), axes)}
-    return {name: found([x], axes) for name, x in pooled.items()}
+        return {"": found(list(pooled.values()))}
+    return {name: found([x]) for name, x in pooled.items()}
 
 
-def within(rule: Rule, found: dict[str, Limits], worth: Matrices, weights: Matrices) -> dict[str, Bool[Array, "L I O"]]:
+def within(rule: Rule, found: dict[str, Limits], worth: Matrices, weights: Matrices) -> dict[str, Bool[Array, "..."]]:
     """True for the weights that stay, by the limits of each group."""
-    axes = _compared(rule)
     pooled = {name: _pool(rule.pattern, worth[name], weights[name]) for name in worth}
     if rule.scope == "global":
-        gone = dict(zip(pooled, below(list(pooled.values()), found[""], axes)))
+        gone = dict(zip(pooled, below(list(pooled.values()), found[""], None)))
     else:
-        gone = {name: below([x], found[name], axes)[0] for name, x in pooled.items()}
+        gone = {name: below([x], found[name], _compared(rule, x))[0] for name, x in pooled.items()}
     return {name: ~_spread(rule.pattern, x, weights[name].shape) for name, x in gone.items()}
 
 
-def _compared(rule: Rule) -> tuple[int, ...]:
+def _compared(rule: Rule, x: Array) -> Axes:
     """The axes of what `_pool` makes over which worths are compared."""
     if rule.scope == "global":
-        return (0, 1, 2)
-    return (2,) if rule.pattern.of else (1,) if rule.score == "wanda" else (1, 2)
+        return None
+    return (2,) if rule.pattern.of else (1,) if rule.score == "wanda" else tuple(range(1, x.ndim))
 
 
 def _pool(pattern: Pattern, worth: Array, weights: Array) -> Array:
     """The worth of what goes as one, (L, I/M, M, O) or (L, I/R, O/C); that of what is removed is below any other."""
-    layers, inputs, outputs = weights.shape
     worth = worth.astype(jnp.float32)
+    if pattern.alone:
+        return jnp.where(removed(weights), -jnp.inf, worth)
+    layers, inputs, outputs = weights.shape
     if pattern.of:
         return jnp.where(removed(weights), -jnp.inf, worth).reshape(layers, inputs // pattern.of, pattern.of, outputs)
     rows, columns = pattern.rows, pattern.columns
@@ -310,7 +324,7 @@ def _pool(pattern: Pattern, worth: Array, weights: Array) -> Array:
 
 def _spread(pattern: Pattern, x: Array, shape: tuple[int, ...]) -> Array:
     """The choice for each weight, from that for what goes as one."""
-    if not pattern.of:
+    if not (pattern.of or pattern.alone):
         layers, rows, columns = x.shape
         x = jnp.broadcast_to(x[:, :, None, :, None], (layers, rows, pattern.rows, columns, pattern.columns))
     return x.reshape(shape)
