@@ -1,9 +1,10 @@
-"""SmolLM2-135M learns to tell fresh from rotten with its weights frozen: factors of rank 4 beside every product of its layers, and a head.
+"""SmolLM2-135M learns to tell fresh from rotten with its weights frozen: factors of rank 7 beside the products of its MLPs, and a head.
 
 python train.py --config=configs/lora_reviews.py
 python -m llm_jax export runs/lora_reviews adapter --format=peft
 
-0.9% of the parameters are trained. Accuracy 0.862, seed 0, where all of them trained give 0.877; 47 minutes on one slow core.
+The language model is asked for the next word: the head begins as its logits of ' negative' and ' positive' after 'Sentiment:'. 0.98% of the
+parameters are trained. Accuracy 0.883, seed 0; 0.864 without the template and the words. 37 minutes on one core.
 """
 
 from llm_jax.config import Batch, Checkpoint, Data, Eval, Optimizer, Run, Schedule
@@ -15,8 +16,11 @@ def get_config() -> Run:
     return Run(
         name="lora_reviews",
         start="asset:smollm2",
-        transforms=(new_head("classification", labels=2), lora(4, targets=(".*",), also=("head/.*",))),
-        task=Classification(labels=("rotten", "fresh")),
+        transforms=(
+            new_head("classification", words=(" negative", " positive")),
+            lora(7, alpha=28.0, targets=("mlp/.*",), also=("head/.*",)),
+        ),
+        task=Classification(labels=("rotten", "fresh"), template="Review:\n{text}\nSentiment:"),
         data=Data(sources=("asset:rotten-tomatoes",), heldout=0.2, group="movie", long="truncate"),
         optimizer=Optimizer(name="adamw", learning_rate=5e-4),
         schedule=Schedule(name="linear", final=0.0),

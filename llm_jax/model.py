@@ -17,7 +17,7 @@ from llm_jax.card import Card, code_version, content_hash, library_versions
 from llm_jax.config import to_dict
 from llm_jax.data import assets
 from llm_jax.data.tokenizer import Tokenizer
-from llm_jax.errors import CheckpointError, UserError
+from llm_jax.errors import CheckpointError, ConfigError, UserError
 from llm_jax.models import transformer
 from llm_jax.models.config import ModelConfig
 from llm_jax.models.heads import Outputs
@@ -158,7 +158,15 @@ def generate(model: Model, prompts: str | list[str], **options: Any) -> list[str
 
 
 def transform(model: Model, change: transforms.Transform, key: Array, aux: Any = None, name: str = "") -> Model:
-    """The model after a change of sizes and weights, with a card that names it and its parent."""
+    """The model after a change of sizes and weights, with a card that names it and its parent.
+
+    Raises:
+        ConfigError: a change that does not go with the model, such as one that names words to a model without a tokenizer.
+    """
+    if model.tokenizer is not None:
+        change = transforms.spell(change, model.tokenizer)
+    elif change.spelled:
+        raise ConfigError(f"{change.label} names pieces of text, and the model has no tokenizer")
     config = change.config(model.config)
     with _mesh_of(model.params) as mesh:
         shapes = transformer.shapes(config)

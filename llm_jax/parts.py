@@ -26,6 +26,7 @@ from llm_jax.models import transformer
 from llm_jax.models.config import ModelConfig
 from llm_jax.platform import on_device, target
 from llm_jax.program import transform_of
+from llm_jax.tasks.base import Templated
 
 log = logging.getLogger(__name__)
 
@@ -78,9 +79,10 @@ def build(run: Run) -> Parts:
     """
     mesh = sharding.make_mesh(run.mesh)
     run = program.resolve(run, mesh)
-    assert run.model is not None
     sources = open_sources(run.data, "train")
     tokenizer = _tokenizer(run, sources)
+    run = dataclasses.replace(run, transforms=tuple(tf.spell(change, tokenizer) for change in run.transforms))
+    assert run.model is not None
     model = transform_of(run).config(run.model)
     _check_references(run, tokenizer)
     run.task.loss(model)  # whether the task and the model go together is told before the data is read
@@ -128,7 +130,8 @@ def calibration(run: Run, tokenizer: Tokenizer, count: int) -> tf.Calibration:
 
 
 def _tokenizer(run: Run, sources: list[Any]) -> Tokenizer:
-    """That of the run's checkpoints, else of the model it starts from where the config names none that exists, else the config's."""
+    """That of the run's checkpoints, else of the model it starts from where the config names none that exists, else the config's; with the task's
+    template."""
     for at in reversed(checkpoint.steps(run.folder)):
         try:
             return Tokenizer.from_json(checkpoint.read_texts(run.folder / "checkpoints" / str(at))["tokenizer.json"])
@@ -136,13 +139,24 @@ def _tokenizer(run: Run, sources: list[Any]) -> Tokenizer:
             continue
     started = None if run.start == "fresh" else models.read_tokenizer(run.start)
     if started is not None and run.data.tokenizer.partition(":")[0] in TRAINERS:
-        return started
+        return _templated(run, started)
     tokenizer = load_tokenizer(run.data.tokenizer, lambda: _texts(run, sources))
     if started is not None and started.fingerprint != tokenizer.fingerprint:
         log.warning(
             "data.tokenizer %s is not the tokenizer of %s, whose weights know other ids", run.data.tokenizer, run.start
         )
-    return tokenizer
+    return _templated(run, tokenizer)
+
+
+def _templated(run: Run, tokenizer: Tokenizer) -> Tokenizer:
+    """The tokenizer with the template that the task states. Raises ConfigError where evaluations state another."""
+    stated = run.task.template if isinstance(run.task, Templated) else ""
+    judged = run.eval.task.template if isinstance(run.eval.task, Templated) else ""
+    if judged and judged != stated:
+        raise ConfigError(
+            f"eval.task.template is {judged!r} and task.template {stated!r}: a model reads texts in one template"
+        )
+    return tokenizer.templated(stated) if stated else tokenizer
 
 
 def _texts(run: Run, sources: list[Any]) -> Iterator[str]:

@@ -164,6 +164,31 @@ def test_several_seeds_in_one_command(folder, monkeypatch, capsys):
         sweep(run, [1, 1])
 
 
+def test_a_language_model_is_asked_in_a_template(folder):
+    tokenizer = load_tokenizer("bpe:300", [" ".join([*GOOD, *BAD, *OTHER])] * 3)
+    sizes = presets.llama(vocab_size=300, max_length=48, layers=1, dim=16, heads=2, kv_heads=1, mlp_dim=32, head="lm")
+    base = model.Model(sizes, transformer.init(sizes, jax.random.key(0)), tokenizer, {"name": "base"})
+    model.save(base, folder / "decoder")
+    task = Classification(labels=("bad", "good"), template="film: {text} is")
+    words = new_head("classification", words=(" dull", " warm"))
+    short = dict(transforms=(words,), task=task, epochs=0, steps=2, batch=Batch(size=8, length=48))
+    run = run_of(folder, "asked", start=str(folder / "decoder"), **short)
+    loop.train(run)
+    loaded = model.load(run.folder)
+    (answer,) = predict(loaded, ["a warm plot"])
+    tokens = np.concatenate([tokenizer.encode(x) for x in ("film: ", "a warm plot", " is")])[None]
+    rows = {"tokens": tokens, "segments": np.ones_like(tokens)}
+    expected = jax.nn.softmax(transformer.apply(loaded.config, loaded.params, rows).logits[0])
+    assert list(answer["probabilities"].values()) == pytest.approx(expected.tolist(), abs=1e-5)
+    short |= dict(transforms=(), task=dataclasses.replace(task, template=""))
+    further = run_of(folder, "asked_further", start=str(run.folder), **short)
+    loop.train(further)
+    assert model.load(further.folder).tokenizer == loaded.tokenizer and loaded.tokenizer.template == "film: {text} is"
+    short |= dict(eval=Eval(every=0, task=task))
+    with pytest.raises(ConfigError, match="a model reads texts in one template"):
+        loop.train(run_of(folder, "asked_twice", start=str(run.folder), **short))
+
+
 def test_a_task_without_its_head_is_told_before_anything_is_read(folder):
     with pytest.raises(ConfigError, match="put new_head"):
         loop.train(run_of(folder, "headless", transforms=()))

@@ -1,13 +1,14 @@
 """Text to token ids and back: one frozen wrapper around `tokenizers`, the ids of its special tokens, loading and
 saving.
 
-Training a vocabulary is in `vocabulary.py`. Chat templates and what a task puts around a text do not belong here.
+Training a vocabulary is in `vocabulary.py`. Chat templates do not belong here, nor which template a task puts around a text.
 """
 
 import dataclasses
 import functools
 import hashlib
 import json
+import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,13 @@ from llm_jax.storage import as_path, is_remote
 Texts = Iterable[str] | Callable[[], Iterable[str]]
 """Texts to train on, or a function that gives them afresh, called only when they are needed."""
 
+TEXT, PAIR = "{text}", "{pair}"
+"""Places of texts in a template"""
+
+_PLACES = re.compile("({text}|{pair})")
+_TEMPLATE = "llm_jax_template"
+"""The template's entry in the config of a tokenizer"""
+
 _USUAL_NAMES = {
     "bos": ("<s>", "<|endoftext|>", "<|begin_of_text|>", "<bos>", "<|im_start|>"),
     "eos": ("</s>", "<|endoftext|>", "<|end_of_text|>", "<eos>", "<|im_end|>"),
@@ -32,6 +40,15 @@ _USUAL_NAMES = {
     "cls": ("[CLS]",),
     "sep": ("[SEP]",),
 }
+
+
+def places(template: str) -> list[str]:
+    """The places of texts in a template, in turn.
+
+    >>> places("Review: {text} Good?")
+    ['{text}']
+    """
+    return _PLACES.findall(template)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,9 +107,34 @@ class Tokenizer:
     def frame(self, pair: bool = False) -> tuple[Int[np.ndarray, " N"], ...]:
         """The ids that go before and after a text; of a pair those before, between and after.
 
-        They are what the tokenizer's post-processor adds, e.g. ([CLS], [SEP]); where it adds none, the end token after each text.
+        They are what the tokenizer's post-processor adds, e.g. ([CLS], [SEP]); where it adds none, the end token after each text. A template
+        (`templated`) stands inside what is added, in place of that end token.
+
+        Raises:
+            DataError: a pair, and the template is one for single texts.
         """
+        if pair and self.template and PAIR not in self.template:
+            raise DataError(f"the tokenizer's template {self.template!r} has no {PAIR}, and texts come in pairs")
         return self._frames[pair]
+
+    @property
+    def template(self) -> str:
+        """What stands around a text that is asked about, with {text} in its place; empty for what the tokenizer itself adds."""
+        return str(json.loads(self.config).get(_TEMPLATE, ""))
+
+    def templated(self, template: str) -> "Tokenizer":
+        """The tokenizer whose `frame` is what the template has around {text}, or around {text} and then {pair}, each part tokenized by itself.
+
+        >>> t = load_tokenizer("bpe:300", ["aa aa aa"] * 9).templated("Review: {text} Good?")
+        >>> [t.decode(part) for part in t.frame()]
+        ['Review: ', ' Good?']
+
+        Raises:
+            DataError: a template in which the places of the texts are not these.
+        """
+        if places(template) not in ([TEXT], [TEXT, PAIR]):
+            raise DataError(f"template {template!r} must have {TEXT} once, and for pairs {PAIR} once, after it")
+        return dataclasses.replace(self, config=json.dumps({**json.loads(self.config), _TEMPLATE: template}))
 
     @property
     def begin(self) -> int | None:
@@ -100,8 +142,8 @@ class Tokenizer:
         stated = json.loads(self.config).get("add_bos_token")
         if stated is not None:
             return self.bos if stated else None
-        before = self.frame()[0]
-        return int(before[0]) if len(before) else None
+        before = self._added[False][0]
+        return before[0] if before else None
 
     @property
     def start(self) -> int | None:
@@ -110,6 +152,22 @@ class Tokenizer:
 
     @functools.cached_property
     def _frames(self) -> dict[bool, tuple[np.ndarray, ...]]:
+        found: dict[bool, list[list[int]]] = {}
+        if self.template:
+            before, after = self._added[False]
+            parts = [self.encode(part).tolist() for part in re.split(_PLACES, self.template)[::2]]
+            parts = [before + parts[0], *parts[1:-1], parts[-1] + after]
+            found = {False: [parts[0], parts[-1]], True: parts}
+        else:
+            end = next((i for i in (self.eos, self.sep) if i is not None), None)
+            for pair, parts in self._added.items():
+                lacks = end is not None and not any(parts)
+                found[pair] = [parts[0], *([[end]] * (len(parts) - 1) if lacks else parts[1:])]
+        return {pair: tuple(np.array(part, np.int32) for part in parts) for pair, parts in found.items()}
+
+    @functools.cached_property
+    def _added(self) -> dict[bool, list[list[int]]]:
+        """What the post-processor adds before, between and after texts."""
         found = {}
         first, second = (self._literal.encode(text, add_special_tokens=False) for text in ("a", "b"))
         for pair in (False, True):
@@ -120,10 +178,7 @@ class Tokenizer:
                 if added:
                     parts[sum(read >= end for end in ends[: len(parts) - 1])].append(token)
                 read += not added
-            end = next((i for i in (self.eos, self.sep) if i is not None), None)
-            if not any(parts) and end is not None:
-                parts[1:] = [[end]] * len(parts[1:])
-            found[pair] = tuple(np.array(part, np.int32) for part in parts)
+            found[pair] = parts
         return found
 
     def framed(self) -> "Tokenizer":
@@ -134,16 +189,29 @@ class Tokenizer:
         >>> made.encode("aa").ids == [*t.encode("aa").tolist(), t.eos]
         True
         """
-        _, end = self.frame()
-        if not len(end) or self._literal.num_special_tokens_to_add(is_pair=False):
+        own = self._literal.num_special_tokens_to_add(is_pair=False)
+        if not any(map(len, self.frame())) or (own and not self.template):
             return self
-        engine, name = tokenizers.Tokenizer.from_str(self.definition), self.token(int(end[0]))
-        added = tokenizers.processors.TemplateProcessing(
-            single=["$A", name], pair=["$A", name, "$B:1", f"{name}:1"], special_tokens=[(name, int(end[0]))]
-        )
-        own = engine.post_processor
-        engine.post_processor = added if own is None else tokenizers.processors.Sequence([own, added])
-        return dataclasses.replace(self, definition=engine.to_str())
+        engine = tokenizers.Tokenizer.from_str(self.definition)
+        pieces: list[dict[str, Any]] = []
+
+        def around(*texts: str, pair: bool = False) -> list[str]:
+            """The texts and, around them, the frame, as the library writes templates; the second text and what follows it are of type 1."""
+            made: list[str] = []
+            for i, ids in enumerate(self.frame(pair)):
+                name, kind = f"part{len(pieces)}", ":1" if i == 2 else ""
+                if len(ids):
+                    pieces.append({"id": name, "ids": ids.tolist(), "tokens": [engine.id_to_token(i) for i in ids]})
+                    made.append(name + kind)
+                made += texts[i : i + 1]
+            return made
+
+        pairs = {"pair": around("$A", "$B:1", pair=True)} if not self.template or PAIR in self.template else {}
+        added = tokenizers.processors.TemplateProcessing(single=around("$A"), **pairs, special_tokens=pieces)
+        keeps = engine.post_processor is not None and not own
+        engine.post_processor = tokenizers.processors.Sequence([engine.post_processor, added]) if keeps else added
+        config = {name: value for name, value in json.loads(self.config).items() if name != _TEMPLATE}
+        return dataclasses.replace(self, definition=engine.to_str(), config=json.dumps(config))
 
     def encode_spans(self, text: str, special: bool = False) -> tuple[Int[np.ndarray, " N"], Int[np.ndarray, " N"]]:
         """(ids, ends): the tokens up to and with i cover the first `ends[i]` UTF-8 bytes of the text, the last all.

@@ -200,8 +200,9 @@ def save_tokenizer(model: Model, folder: Path) -> None:
     if model.tokenizer is None:
         return
     continued = model.config.architecture == "decoder" and model.config.head == "lm"
-    (model.tokenizer if continued else model.tokenizer.framed()).save(folder)
-    _write_json(folder / "tokenizer_config.json", tokenizer_config(model.tokenizer, model.config))
+    tokenizer = model.tokenizer if continued else model.tokenizer.framed()
+    tokenizer.save(folder)
+    _write_json(folder / "tokenizer_config.json", tokenizer_config(tokenizer, model.config))
 
 
 def tokenizer_config(tokenizer: Tokenizer, config: ModelConfig) -> dict[str, Any]:

@@ -51,6 +51,15 @@ class Task(Protocol):
         """The objective as a function of the params of a model of this config."""
 
 
+@runtime_checkable
+class Templated(Protocol):
+    """A task that may put a text into a template of its own (`Tokenizer.templated`)."""
+
+    @property
+    def template(self) -> str:
+        """With {text} in the text's place; empty for none."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Judgement:
     """What became of each held-out example."""

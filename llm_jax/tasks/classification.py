@@ -12,7 +12,7 @@ from jaxtyping import Array
 from llm_jax import metrics
 from llm_jax.config import fraction, positive
 from llm_jax.data.pieces import account, split_long
-from llm_jax.data.tokenizer import Tokenizer
+from llm_jax.data.tokenizer import PAIR, TEXT, Tokenizer, places
 from llm_jax.errors import ConfigError, DataError, choose
 from llm_jax.losses import Loss, LossFn, class_cross_entropy
 from llm_jax.models.config import ModelConfig
@@ -36,6 +36,9 @@ class Classification:
     """field of a record that holds the class, by its number or its name"""
     pair: str = ""
     """field of a second text; empty for single texts"""
+    template: str = ""
+    """what stands around a text, such as a question to a language model: {text} in its place and, for pairs, {pair} in that of the second. Empty for
+    what the tokenizer adds, or the template that the model which the run starts from was trained with"""
     keep: str = "head"
     """what is kept of a text that is cut: head, tail, or head_tail (a quarter and three quarters of the row; Sun et al. 2019)"""
     overlap: int = 0
@@ -49,6 +52,9 @@ class Classification:
         choose("task.keep", self.keep, KEEP)
         positive(self, "task", "overlap", least=0)
         fraction(self, "task", "label_smoothing")
+        if self.template and places(self.template) != [TEXT, PAIR][: 1 + bool(self.pair)]:
+            wanted = f"{TEXT} once, then {PAIR} once" if self.pair else f"{TEXT} once, and {PAIR} with task.pair alone"
+            raise ConfigError(f"task.template is {self.template!r}: it must have {wanted}")
         if len(self.labels) < 2 or len(set(self.labels)) < len(self.labels):
             raise ConfigError(f"task.labels are {self.labels}: there must be at least two, all different")
         if self.class_weights and len(self.class_weights) != len(self.labels):

@@ -10,6 +10,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, Bool
 
+from llm_jax.data.tokenizer import Tokenizer
 from llm_jax.errors import ConfigError
 from llm_jax.losses import GradFn, LossFn
 from llm_jax.models.config import ModelConfig
@@ -114,6 +115,8 @@ class Transform(NamedTuple):
     """whether the optimizer's state lies in the host's memory between updates"""
     moments: bool = False
     """whether the optimizer goes on from its state in the run that the model comes from, grown with the model (`moments.carry`)"""
+    spelled: "Callable[[Tokenizer], Transform] | None" = None
+    """the same change for a tokenizer, where it names pieces of text; until then its `params` give weights of the right shapes alone"""
 
 
 IDENTITY = Transform(label="identity")
@@ -174,10 +177,32 @@ def chain(*transforms: Transform) -> Transform:
 
     functions = (config, _in_turn(transforms), wrap("loss"), wrap("grad"), wrap("update"))
     masks = tuple(regex for transform in transforms for regex in transform.masks)
-    flags = (any(getattr(x, name) for x in transforms) for name in ("densify", "offload", "moments"))
+
+    def spelled(tokenizer: Tokenizer) -> Transform:
+        return chain(*(spell(transform, tokenizer) for transform in transforms))
+
     if all(transform.rows is IDENTITY.rows for transform in transforms):
         rows = IDENTITY.rows
-    return Transform(*functions, label, reference, calibration, steps, card, extra, rows, masks, *flags)
+    return Transform(
+        *functions,
+        label,
+        reference,
+        calibration,
+        steps,
+        card,
+        extra,
+        rows,
+        masks,
+        densify=any(transform.densify for transform in transforms),
+        offload=any(transform.offload for transform in transforms),
+        moments=any(transform.moments for transform in transforms),
+        spelled=spelled if any(transform.spelled for transform in transforms) else None,
+    )
+
+
+def spell(transform: Transform, tokenizer: Tokenizer) -> Transform:
+    """The transform for this tokenizer; most do not ask for one."""
+    return transform if transform.spelled is None else transform.spelled(tokenizer)
 
 
 def _in_turn(transforms: tuple[Transform, ...]) -> _ParamsChange:

@@ -127,7 +127,7 @@ def test_a_head_comes_with_it(made, tmp_path, family):
 
 @pytest.mark.parametrize("write", [peft.save, huggingface.save], ids=["adapter", "model"])
 def test_the_tokenizer_frames_a_text_to_classify(made, tmp_path, write):
-    """Where the base's adds nothing, the end token that the class was read at in training."""
+    """Where the base's adds nothing, the end token that the class was read at in training, or the template."""
     transformers = pytest.importorskip("transformers")
     tokenizer = load_tokenizer("bpe:300", ["a quiet triumph"] * 9)
     model = made("llama", head="classification", labels=2, vocab_size=300)
@@ -140,6 +140,13 @@ def test_the_tokenizer_frames_a_text_to_classify(made, tmp_path, write):
     again = load_tokenizer(str(tmp_path / "written"))
     for pair in (False, True):
         assert [x.tolist() for x in again.frame(pair)] == [x.tolist() for x in tokenizer.frame(pair)]
+    asked = tokenizer.templated("a: {text}\n quiet:")
+    write(Model(model.config, model.params, asked, {}), tmp_path / "asked")
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "asked")
+    before, after = (tokenizer.encode(x).tolist() for x in ("a: ", "\n quiet:"))
+    assert theirs("a triumph").input_ids == [*before, *ids, *after]
+    again = load_tokenizer(str(tmp_path / "asked"))
+    assert not again.template and [x.tolist() for x in again.frame()] == [before, after]
 
 
 def test_the_verbs_write_and_read_an_adapter(made, tmp_path, capsys):

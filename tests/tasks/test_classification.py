@@ -12,11 +12,12 @@ from llm_jax.data.pipeline import Loader
 from llm_jax.data.sources import open_source
 from llm_jax.errors import ConfigError, DataError
 from llm_jax.losses import class_cross_entropy
+from llm_jax.model import Model, transform
 from llm_jax.models import presets, transformer
 from llm_jax.models.heads import Outputs
 from llm_jax.step import differentiate
 from llm_jax.tasks import Classification
-from llm_jax.transforms import new_head
+from llm_jax.transforms import chain, new_head
 
 LENGTH = 12
 WORDS = ["bado", "gile", "ko", "ru", "pa"]
@@ -43,6 +44,35 @@ def test_a_pair_is_told_apart_by_types(wordpiece):
 def test_a_tokenizer_without_a_frame_ends_a_text_with_its_end_token(bpe):
     (made,) = examples(Classification(), bpe, length=64)
     assert made["tokens"].tolist() == [*bpe.encode("bado gile ko"), bpe.eos]
+
+
+def test_a_template_stands_around_a_text_that_is_cut(wordpiece, bpe):
+    for tokenizer, before, after in ((bpe, [], []), (wordpiece, [wordpiece.cls], [wordpiece.sep])):
+        asked = tokenizer.templated("ko: {text} gile")
+        before, after = [*before, *tokenizer.encode("ko: ")], [*tokenizer.encode(" gile"), *after]
+        length = len(before) + 9 + len(after)
+        (made,) = examples(Classification(), asked, " ".join(WORDS * 6), length=length)
+        assert made["tokens"].tolist() == before + tokenizer.encode(" ".join(WORDS * 6))[:9].tolist() + after
+        assert made["targets"].tolist() == [1] + [0] * (length - 1)
+        again = tokenizer.templated("{text}pa").templated("ko: {text} gile")
+        assert again == asked and type(asked).from_json(asked.to_json()) == asked != tokenizer
+        assert asked.begin == tokenizer.begin, "a prompt is not asked about"
+
+
+def test_a_template_of_pairs(wordpiece):
+    asked = wordpiece.templated("{text} ko {pair} ru")
+    (made,) = examples(Classification(pair="b"), asked, "bado", b="pa", length=40)
+    first, between, second, after = (wordpiece.encode(x).tolist() for x in ("bado", "ko", "pa", "ru"))
+    assert made["tokens"].tolist() == [wordpiece.cls, *first, *between, *second, *after, wordpiece.sep]
+    assert made["types"].tolist() == [0] * (1 + len(first + between)) + [1] * (len(second + after) + 1)
+    with pytest.raises(DataError, match="has no {pair}, and texts come in pairs"):
+        examples(Classification(pair="b"), wordpiece.templated("{text} ko"), "bado", b="pa", length=40)
+
+
+@pytest.mark.parametrize("template", ["", "text", "{text}{text}", "{pair}{text}", "{pair}"])
+def test_a_template_names_the_places_of_its_texts(wordpiece, template):
+    with pytest.raises(DataError, match="must have {text} once"):
+        wordpiece.templated(template)
 
 
 @pytest.mark.parametrize(
@@ -97,6 +127,9 @@ def test_what_a_config_may_not_say():
         (dict(labels=("a",)), "at least two"),
         (dict(labels=("a", "a")), "all different"),
         (dict(keep="middle"), "unknown task.keep 'middle'"),
+        (dict(template="good?"), "task.template is 'good.': it must have {text} once, and {pair} with task.pair alone"),
+        (dict(template="{text} {pair}"), "and {pair} with task.pair alone"),
+        (dict(template="{text}", pair="b"), "it must have {text} once, then {pair} once"),
         (dict(class_weights=(1.0,)), "has 1 values for 2"),
         (dict(class_weights=(1.0, 0.0)), "each must be above 0"),
     ):
@@ -257,3 +290,47 @@ def test_new_head_keeps_all_but_the_head():
     none = new_head("none", pooler="none")
     assert "head" not in none.params(began, weights, jax.random.key(1), None)
     assert change.label == "new_head('classification', labels=5)"
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_head_of_words_scores_as_the_language_model_does(tied, bpe):
+    began = presets.llama(
+        vocab_size=bpe.vocab_size,
+        max_length=16,
+        layers=1,
+        dim=16,
+        heads=2,
+        kv_heads=1,
+        mlp_dim=32,
+        tie_embeddings=tied,
+        head="lm",
+    )
+    weights = transformer.init(began, jax.random.key(0))
+    change = chain(new_head("classification", words=(" ko", " gile")))
+    (one, two), begin = ([*bpe.encode(word)] for word in (" ko", " gile")), Model(began, weights, bpe, {})
+    assert change.label == "new_head('classification', words=(' ko', ' gile'))" and len(one) != len(two)
+    changed = transform(begin, change, jax.random.key(1))
+    sizes, made = changed.config, changed.params
+    rows = {"tokens": jnp.arange(12, dtype=jnp.int32).reshape(2, 6), "segments": jnp.ones((2, 6), jnp.int32)}
+    said = transformer.apply(began, weights, rows).logits[:, -1]
+    expected = jnp.stack([said[:, ids].mean(axis=1) for ids in map(np.array, (one, two))], axis=1)
+    assert sizes.labels == 2
+    np.testing.assert_allclose(transformer.apply(sizes, made, rows).logits, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_words_of_no_use_are_refused(bpe):
+    for arguments in (("lm", 0), ("classification", 3)):
+        with pytest.raises(ConfigError, match="give one for each class of a classification head"):
+            new_head(*arguments, words=("bad", "good"))
+    with pytest.raises(ConfigError, match="one of them has no token"):
+        new_head("classification", words=("bad", "")).spelled(bpe)
+    change = new_head("classification", words=("bad", "good"))
+    encoder = presets.bert(vocab_size=99, max_length=16, layers=1, dim=16, heads=2, mlp_dim=32, head="mlm")
+    with pytest.raises(
+        ConfigError,
+        match="words are those of a decoder with head 'lm' and no pooler; this is encoder with head 'mlm'",
+    ):
+        change.config(encoder)
+    decoder = presets.llama(vocab_size=99, max_length=16, layers=1, dim=16, heads=2, mlp_dim=32)
+    with pytest.raises(ConfigError, match="names pieces of text, and the model has no tokenizer"):
+        transform(Model(decoder, {}), change, jax.random.key(0))

@@ -10,6 +10,7 @@ from llm_jax import divergences, sharding
 from llm_jax import model as models
 from llm_jax.config import Batch, Mesh, Optimizer, Run
 from llm_jax.data.teacher_cache import Header, data_fingerprint, write_cache
+from llm_jax.data.tokenizer import load_tokenizer
 from llm_jax.interop import huggingface
 from llm_jax.models import transformer
 from llm_jax.tasks import NextToken
@@ -37,6 +38,7 @@ from llm_jax.transforms import (
     prune,
     shrink,
     silence,
+    spell,
     unfreeze,
 )
 from llm_jax.transforms.accumulate import accumulate
@@ -57,6 +59,10 @@ CHANGES: dict[str, tuple[Transform, Transform]] = {
     "lora and merge_lora": (chain(lora(2), merge_lora()), chain(lora(2, targets=(".*",)), merge_lora())),
     "merge": (merge(), merge(weights=(1, 0))),
     "new_head": (new_head("classification", labels=3), IDENTITY),
+    "new_head of words": (
+        spell(new_head("classification", words=("a", "ab")), load_tokenizer("wordpiece:16", ["a b"])),
+        IDENTITY,
+    ),
     "dropout": (dropout(0.3), IDENTITY),
 }
 """Each change, and itself at zero strength, where that is a transform of its own"""
@@ -73,6 +79,8 @@ def case(what: str, family: str) -> tuple[Transform, Transform, Tiny, Any]:
         change = new_head("classification", labels=3, pooler="tanh")
     if what == "new_head" and tiny.config.architecture == "encoder-decoder":
         pytest.skip("classification reads encoders and decoders")
+    if what == "new_head of words" and tiny.config.architecture != "decoder":
+        pytest.skip("words are those of decoders")
     aux = None
     if what == "merge":
         aux = (jax.tree.map(lambda x: x[..., ::-1].copy(), tiny.params),)
