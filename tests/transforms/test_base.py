@@ -7,7 +7,7 @@ import optax
 import pytest
 
 from llm_jax.models.config import ModelConfig
-from llm_jax.transforms import IDENTITY, Transform, chain
+from llm_jax.transforms import IDENTITY, Transform, chain, spell
 
 SIZES = ModelConfig(dim=8, heads=2)
 
@@ -35,6 +35,7 @@ def named(name: str) -> Transform:
         densify=name == "bb",
         offload=name == "a",
         moments=name == "ccc",
+        spelled=lambda tokenizer: Transform(label=f"{name} of {tokenizer}"),
     )
 
 
@@ -61,6 +62,7 @@ def effect(change: Transform) -> tuple[Any, ...]:
         change.densify,
         change.offload,
         change.moments,
+        spell(change, "t").label,  # type: ignore[arg-type]
     )
 
 
@@ -83,6 +85,7 @@ def test_members_apply_in_turn():
         True,
         True,
         False,
+        "a of t, bb of t",
     )
     assert effect(chain(A, B)) != effect(chain(B, A))
 

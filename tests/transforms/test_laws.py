@@ -241,7 +241,7 @@ def test_the_tables_know_every_change():
     """What the package offers is in one of the two tables."""
     import llm_jax.transforms as offered
 
-    others = {"IDENTITY", "Calibration", "Transform", "chain", "carry", "fisher", "pieces_of"}
+    others = {"IDENTITY", "Calibration", "Transform", "chain", "carry", "fisher", "pieces_of", "spell"}
     known = {name for what in CHANGES for name in what.split(" and ")}
     tables = known | training(tiny_model("llama"), "no cache").keys() | {"anchor"}
     assert set(offered.__all__) - others <= tables
