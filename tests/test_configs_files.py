@@ -70,11 +70,9 @@ def sizes_of(run: Run) -> Any:
 
 
 def short(task: Any) -> Any:
-    """The task with what it counts in tokens cut to rows of `LENGTH`."""
-    return dataclasses.replace(
-        task,
-        **{name: n for name, n in dict(overlap=LENGTH // 2, target_length=LENGTH).items() if getattr(task, name, 0)},
-    )
+    """The task with what takes tokens cut to rows of `LENGTH`."""
+    small = dict(overlap=LENGTH // 2, target_length=LENGTH, template="{text}:")
+    return dataclasses.replace(task, **{name: x for name, x in small.items() if getattr(task, name, 0)})
 
 
 def shrunk(run: Run, folder: Path) -> Run:
