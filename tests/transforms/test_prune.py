@@ -2,6 +2,7 @@
 
 import functools
 import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -435,6 +436,26 @@ def test_zeros_stay_zero(problem, change, name):
             if path in matrices(first.params):
                 np.testing.assert_array_equal(after == 0, x == 0, err_msg=path)
                 assert not np.signbit(after[x == 0]).any()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [prune(0.5), *(prune(0.8, score=score, schedule=(0, 8, 2)) for score in ("magnitude", "movement"))],
+    ids=["at once", "magnitude", "movement"],
+)
+def test_the_update_copies_no_weight(problem, change):
+    """Copies of queries, keys and values cost 2% of a step: weights and moments are updated in place (but for Fisher's moments, docs/dev/notes.md)."""
+    optimizer = change.update(optax.adam(1e-3))
+
+    def move(params, state, gradient):
+        updates, state = optimizer.update(gradient, state, params)
+        return optax.apply_updates(params, updates), state
+
+    told = problem.params, optimizer.init(problem.params), problem.params
+    text = jax.jit(move, donate_argnums=(0, 1)).lower(*told).compile().as_text()
+    assert "fusion" in text
+    copied = {tuple(map(int, filter(None, x.split(",")))) for x in re.findall(r"= \w+\[([\d,]*)\]\S* copy\(", text)}
+    assert not copied & {x.shape for x in named(problem.params).values() if x.ndim > 2}
 
 
 def test_other_zeros_are_weights_like_any_other(problem):
