@@ -4,7 +4,7 @@ python train.py --config=configs/lora_reviews.py
 python -m llm_jax export runs/lora_reviews adapter --format=peft
 
 The language model is asked for the next word: the head begins as its logits of ' negative' and ' positive' after 'Sentiment:'. 0.98% of the
-parameters are trained. Accuracy 0.883, seed 0; 0.864 without the template and the words. 69 minutes on one core beside other work.
+parameters are trained. Accuracy 0.883, seeds 0 and 1; 0.864 without the template and the words. 43 minutes on one core.
 """
 
 from llm_jax.config import Batch, Checkpoint, Data, Eval, Optimizer, Run, Schedule
