@@ -1,6 +1,6 @@
 """The arms of an experiment: a config with some fields changed, carried out for several seeds, in folders that are kept.
 
-An experiment that was interrupted goes on where it stopped when its script is started again; runs that are done are evaluated only.
+An experiment that was interrupted goes on where it stopped when its script is started again; runs that are done are read, not carried out again.
 """
 
 import dataclasses
@@ -13,7 +13,6 @@ from typing import Any
 
 from llm_jax import config
 from llm_jax.loop import train
-from llm_jax.sweep import sweep
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 FOLDER = Path("runs") / "benchmarks"
@@ -43,21 +42,36 @@ def teacher(name: str = "snippets_minilm") -> dict[str, Any]:
 def arm(name: str, run: config.Run, seeds: Sequence[int]) -> dict[str, Any]:
     """The run for these seeds: mean, spread and values of each held-out figure, seconds and folders."""
     print(f"== {name}, seeds {seeds}", flush=True)
-    found = sweep(dataclasses.replace(run, workdir=str(FOLDER / name)), seeds)
+    found = _together(name, seeds, [_done(run, FOLDER / name / f"seed{seed}", seed) for seed in seeds])
     print({key: x["values"] for key, x in found["eval"].items()}, flush=True)
     return found
 
 
 def following(name: str, run: Callable[[str], config.Run], before: dict[str, Any]) -> dict[str, Any]:
     """An arm that goes on from another, each seed from that seed's model: `run` makes a run from the folder of the model."""
-    each = [arm(name, run(folder), [seed]) for seed, folder in zip(before["seeds"], before["folders"])]
-    values = {key: [x["eval"][key]["mean"] for x in each] for key in each[0]["eval"]}
+    runs = [(run(folder), seed) for seed, folder in zip(before["seeds"], before["folders"])]
+    return _together(name, before["seeds"], [_done(x, FOLDER / name / f"seed{seed}", seed) for x, seed in runs])
+
+
+def _done(run: config.Run, folder: Path, seed: int) -> dict[str, Any]:
+    """What result.json of the run holds; of one that was done by this very config before, from arm.json beside it."""
+    run = dataclasses.replace(run, seed=seed, workdir=str(folder))
+    kept, asked = folder / "arm.json", json.loads(json.dumps(config.to_dict(run)))
+    if kept.exists() and (arm := json.loads(kept.read_text(encoding="utf-8")))["config"] == asked:
+        return arm["result"]
+    result = train(run)
+    kept.write_text(json.dumps({"config": asked, "result": result}, indent=1), encoding="utf-8")
+    return result
+
+
+def _together(name: str, seeds: Sequence[int], results: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    values = {key: [x["eval"][key] for x in results] for key in results[0]["eval"]}
     figures = {
         key: {"mean": statistics.fmean(x), "spread": statistics.stdev(x) if len(x) > 1 else 0.0, "values": x}
         for key, x in values.items()
     }
-    folders, seconds = ([x[key][0] for x in each] for key in ("folders", "seconds"))
-    return {"name": name, "seeds": before["seeds"], "eval": figures, "seconds": seconds, "folders": folders}
+    folders, seconds = [x["paths"]["folder"] for x in results], [x["seconds"] for x in results]
+    return {"name": name, "seeds": list(seeds), "eval": figures, "seconds": seconds, "folders": folders}
 
 
 def on(name: str, model: str, **changes: Any) -> config.Run:
