@@ -54,14 +54,19 @@ def following(name: str, run: Callable[[str], config.Run], before: dict[str, Any
 
 
 def _done(run: config.Run, folder: Path, seed: int) -> dict[str, Any]:
-    """What result.json of the run holds; of one that was done by this very config before, from arm.json beside it."""
+    """What result.json of the run holds."""
     run = dataclasses.replace(run, seed=seed, workdir=str(folder))
-    kept, asked = folder / "arm.json", json.loads(json.dumps(config.to_dict(run)))
-    if kept.exists() and (arm := json.loads(kept.read_text(encoding="utf-8")))["config"] == asked:
-        return arm["result"]
-    result = train(run)
-    kept.write_text(json.dumps({"config": asked, "result": result}, indent=1), encoding="utf-8")
-    return result
+    return once(folder / "arm.json", run, lambda: train(run))
+
+
+def once(path: Path, run: config.Run, result: Callable[[], Any]) -> Any:
+    """The result of a run, of which this file is kept; read from it where it was made by this very config before."""
+    asked = json.loads(json.dumps(config.to_dict(run)))
+    if path.exists() and (kept := json.loads(path.read_text(encoding="utf-8")))["config"] == asked:
+        return kept["result"]
+    made = result()
+    path.write_text(json.dumps({"config": asked, "result": made}, indent=1), encoding="utf-8")
+    return made
 
 
 def _together(name: str, seeds: Sequence[int], results: Sequence[dict[str, Any]]) -> dict[str, Any]:

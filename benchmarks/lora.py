@@ -11,6 +11,7 @@ same texts for as many epochs, at the best of RATES for seed 0. What each forgot
 import argparse
 import dataclasses
 import statistics
+from pathlib import Path
 
 import jax
 
@@ -31,10 +32,15 @@ def full(rate: float) -> config.Run:
     return arms.changed(dataclasses.replace(run, transforms=(head,)), optimizer={"learning_rate": rate})
 
 
-def perplexity(folder: str) -> float:
+def perplexity(start: str) -> float:
     """Of the addresses, by the model as a language model again."""
-    tuned = model.transform(model.load(folder), chain(merge_lora(), new_head("lm")), jax.random.key(0))
+    tuned = model.transform(model.load(start), chain(merge_lora(), new_head("lm")), jax.random.key(0))
     return evaluate.held_out(tuned, ADDRESSES, batches=10)["perplexity"]
+
+
+def forgetting(folder: str) -> float:
+    """The perplexity by a run's model, kept beside it."""
+    return arms.once(Path(folder) / "addresses.json", ADDRESSES, lambda: perplexity(folder))
 
 
 def trained(folder: str) -> float:
@@ -53,7 +59,7 @@ def main():
     best = max(RATES, key=tries.__getitem__)
     whole = arms.arm(f"lora_full_{best:g}", full(best), seeds)
     kept = {
-        name: [perplexity(folder) for folder in arm["folders"]] for name, arm in (("lora", adapted), ("full", whole))
+        name: [forgetting(folder) for folder in arm["folders"]] for name, arm in (("lora", adapted), ("full", whole))
     }
     kept["before"] = [perplexity("asset:smollm2")]
     print(kept, flush=True)
