@@ -4,7 +4,8 @@ python train.py --config=configs/lora_reviews.py
 python -m llm_jax export runs/lora_reviews adapter --format=peft
 
 The language model is asked for the next word: the head begins as its logits of ' negative' and ' positive' after 'Sentiment:'. 0.98% of the
-parameters are trained. Accuracy 0.883, seeds 0 and 1; 0.864 without the template and the words. 43 minutes on one core.
+parameters are trained. Accuracy 0.882 (0.879 to 0.883, 3 seeds), 0.61 of a point below full fine-tuning; 0.864 without the template and the
+words. 35 minutes on one core.
 """
 
 from llm_jax.config import Batch, Checkpoint, Data, Eval, Optimizer, Run, Schedule
