@@ -1,18 +1,20 @@
 """The arms of an experiment: a config with some fields changed, carried out for several seeds, in folders that are kept.
 
-An experiment that was interrupted goes on where it stopped when its script is started again; runs that are done are read, not carried out again.
+An experiment that was interrupted goes on where it stopped when its script is started again; runs that are
+done are read where the code is the same, and evaluated again where it is another.
 """
 
 import dataclasses
 import json
 import runpy
-import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from llm_jax import config
+from llm_jax.card import code_version
 from llm_jax.loop import train
+from llm_jax.sweep import summary
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 FOLDER = Path("runs") / "benchmarks"
@@ -42,7 +44,7 @@ def teacher(name: str = "snippets_minilm") -> dict[str, Any]:
 def arm(name: str, run: config.Run, seeds: Sequence[int]) -> dict[str, Any]:
     """The run for these seeds: mean, spread and values of each held-out figure, seconds and folders."""
     print(f"== {name}, seeds {seeds}", flush=True)
-    found = _together(name, seeds, [_done(run, FOLDER / name / f"seed{seed}", seed) for seed in seeds])
+    found = summary(name, seeds, [_done(run, FOLDER / name / f"seed{seed}", seed) for seed in seeds])
     print({key: x["values"] for key, x in found["eval"].items()}, flush=True)
     return found
 
@@ -50,7 +52,7 @@ def arm(name: str, run: config.Run, seeds: Sequence[int]) -> dict[str, Any]:
 def following(name: str, run: Callable[[str], config.Run], before: dict[str, Any]) -> dict[str, Any]:
     """An arm that goes on from another, each seed from that seed's model: `run` makes a run from the folder of the model."""
     runs = [(run(folder), seed) for seed, folder in zip(before["seeds"], before["folders"])]
-    return _together(name, before["seeds"], [_done(x, FOLDER / name / f"seed{seed}", seed) for x, seed in runs])
+    return summary(name, before["seeds"], [_done(x, FOLDER / name / f"seed{seed}", seed) for x, seed in runs])
 
 
 def _done(run: config.Run, folder: Path, seed: int) -> dict[str, Any]:
@@ -60,23 +62,16 @@ def _done(run: config.Run, folder: Path, seed: int) -> dict[str, Any]:
 
 
 def once(path: Path, run: config.Run, result: Callable[[], Any]) -> Any:
-    """The result of a run, of which this file is kept; read from it where it was made by this very config before."""
-    asked = json.loads(json.dumps(config.to_dict(run)))
-    if path.exists() and (kept := json.loads(path.read_text(encoding="utf-8")))["config"] == asked:
+    """The result of a run, of which this file is kept; read from it where this very config and this code made it before."""
+    made_by = {"config": json.loads(json.dumps(config.to_dict(run))), "code": code_version()}
+    if path.exists() and (kept := json.loads(path.read_text(encoding="utf-8"))) == {
+        **made_by,
+        "result": kept["result"],
+    }:
         return kept["result"]
     made = result()
-    path.write_text(json.dumps({"config": asked, "result": made}, indent=1), encoding="utf-8")
+    path.write_text(json.dumps({**made_by, "result": made}, indent=1), encoding="utf-8")
     return made
-
-
-def _together(name: str, seeds: Sequence[int], results: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    values = {key: [x["eval"][key] for x in results] for key in results[0]["eval"]}
-    figures = {
-        key: {"mean": statistics.fmean(x), "spread": statistics.stdev(x) if len(x) > 1 else 0.0, "values": x}
-        for key, x in values.items()
-    }
-    folders, seconds = [x["paths"]["folder"] for x in results], [x["seconds"] for x in results]
-    return {"name": name, "seeds": list(seeds), "eval": figures, "seconds": seconds, "folders": folders}
 
 
 def on(name: str, model: str, **changes: Any) -> config.Run:

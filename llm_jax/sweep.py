@@ -23,17 +23,21 @@ def sweep(run: Run, seeds: Sequence[int]) -> dict[str, Any]:
     if len(set(seeds)) < len(seeds):
         raise ConfigError(f"the seeds {list(seeds)} must differ")
     results = [train(dataclasses.replace(run, seed=seed, workdir=str(run.folder / f"seed{seed}"))) for seed in seeds]
-    names = results[0]["eval"]
-    values = {name: [result["eval"][name] for result in results] for name in names}
-    found = {
-        "name": run.name,
+    found = summary(run.name, seeds, results)
+    (run.folder / "sweep.json").write_text(json.dumps(found, indent=1), encoding="utf-8")
+    return found
+
+
+def summary(name: str, seeds: Sequence[int], results: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Mean, spread and values of each held-out figure over the results of these seeds, with their seconds and folders."""
+    values = {key: [result["eval"][key] for result in results] for key in results[0]["eval"]}
+    return {
+        "name": name,
         "seeds": list(seeds),
-        "eval": {name: {"mean": statistics.fmean(x), "spread": _spread(x), "values": x} for name, x in values.items()},
+        "eval": {key: {"mean": statistics.fmean(x), "spread": _spread(x), "values": x} for key, x in values.items()},
         "seconds": [result["seconds"] for result in results],
         "folders": [result["paths"]["folder"] for result in results],
     }
-    (run.folder / "sweep.json").write_text(json.dumps(found, indent=1), encoding="utf-8")
-    return found
 
 
 def _spread(values: Sequence[float]) -> float:
