@@ -266,7 +266,7 @@ class Checkpoints:
                 found = Restored(
                     arrays["params"], arrays["state"], json.loads(files["data.json"]), json.loads(files["card.json"])
                 )
-            except UserError:
+            except (UserError, jax.errors.JaxRuntimeError):  # the latter of a process that is gone, or of memory
                 raise
             except Exception as e:  # whatever is wrong with it, the one before may be whole
                 damaged.append((path, root_cause(e)))

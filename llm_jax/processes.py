@@ -180,7 +180,7 @@ def together(watch: "_Watch | None") -> Iterator[Together]:
         _leave(own, "done")
         raise
     except BaseException as e:
-        if own.watch is not None and isinstance(e, jax.errors.JaxRuntimeError):
+        if own.watch is not None and _of_runtime(e):
             own.watch.blame()  # a collective fails at once where a process is gone: which one, the watch knows soon
         _leave(own, f"failed: {(str(e).splitlines() or [type(e).__name__])[0]}")
         if own.watch is not None and not isinstance(e, UserError):
@@ -190,6 +190,13 @@ def together(watch: "_Watch | None") -> Iterator[Together]:
     finally:
         if alone:
             signal.signal(signal.SIGTERM, before)
+
+
+def _of_runtime(error: BaseException | None) -> bool:
+    """Whether an error is one of the runtime, or came from one, as of a checkpoint that could not be written without the others."""
+    while error is not None and not isinstance(error, jax.errors.JaxRuntimeError):
+        error = error.__cause__
+    return error is not None
 
 
 def _leave(own: Together, state: str) -> None:

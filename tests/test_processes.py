@@ -15,6 +15,7 @@ from llm_jax import checkpoint, processes
 from llm_jax.errors import UserError
 
 CONFIG = """
+import os
 import time
 import jax
 from llm_jax.config import Batch, Checkpoint, Data, Eval, Mesh, Optimizer, Run, Schedule
@@ -131,7 +132,7 @@ def test_when_one_dies_the_others_end_and_name_it(start, tmp_path, how):
     until(lambda: (tmp_path / "run" / "checkpoints" / "4").is_dir())
     begin = time.monotonic()
     started[1].send_signal(how)
-    assert started[0].wait(3 * PATIENCE) == processes.LOST
+    assert started[0].wait(3 * PATIENCE) == processes.LOST, said(tmp_path, 0)
     assert time.monotonic() - begin < 3 * PATIENCE
     assert f"error: process 1 of 2 ({socket.gethostname()}, pid {started[1].pid})" in said(tmp_path, 0)
     assert "start the same command again" in said(tmp_path, 0)
@@ -140,6 +141,15 @@ def test_when_one_dies_the_others_end_and_name_it(start, tmp_path, how):
     again = start(2, f"--config.workdir={tmp_path / 'run'}", f"--config.steps={last + 2}")
     assert ends(again) == [0, 0]
     assert checkpoint.steps(tmp_path / "run")[-1] == last + 2
+
+
+@pytest.mark.slow
+def test_one_that_dies_in_a_save_is_named(start, tmp_path):
+    """Not the checkpoint that could not be written without it, nor with the status of a mistake: it is to be started again."""
+    dies = "from jax.experimental import multihost_utils as m; m.broadcast_one_to_all = lambda *_, **__: os.kill(os.getpid(), 9)"
+    started = start(2, f"--config.workdir={tmp_path / 'run'}", at=1, what=dies)
+    assert ends(started) == [processes.LOST, -signal.SIGKILL], said(tmp_path, 0)
+    assert f"error: process 1 of 2 ({socket.gethostname()}, pid {started[1].pid})" in said(tmp_path, 0)
 
 
 @pytest.mark.slow
