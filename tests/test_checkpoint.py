@@ -309,6 +309,23 @@ def test_damaged_newest_falls_back(kind: str, run: Checkpoints, params: Any, cap
     assert again is not None and again.data == {"place": 2}
 
 
+def test_what_the_runtime_fails_at_is_not_damage(run: Checkpoints, params: Any, monkeypatch: pytest.MonkeyPatch):
+    """A process that is gone, or no memory: the newest checkpoint stays where it is, and none before it is taken instead."""
+    save(run, 1, params)
+    save(run, 2, params)
+    whole = checkpoint._load
+
+    def load(path: Path, *rest: Any) -> Any:
+        if path.name == "2":
+            raise jax.errors.JaxRuntimeError("UNKNOWN: Gloo all-reduce failed: Connection closed by peer")
+        return whole(path, *rest)
+
+    monkeypatch.setattr(checkpoint, "_load", load)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="closed by peer"):
+        restore(run, params)
+    assert sorted(p.name for p in run.root.iterdir()) == ["1", "2"]
+
+
 def test_every_byte_counts(run: Checkpoints, params: Any, caplog: pytest.LogCaptureFixture):
     """A byte changed in any file of a checkpoint either leaves all it holds as it was, or is noticed."""
     save(run, 1, params)
