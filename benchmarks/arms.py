@@ -74,6 +74,6 @@ def once(path: Path, run: config.Run, result: Callable[[], Any]) -> Any:
     return made
 
 
-def on(name: str, model: str, **changes: Any) -> config.Run:
-    """The run that configs/NAME.py makes of a model, where its `get_config` takes one, with these fields in place of its own."""
-    return dataclasses.replace(runpy.run_path(str(CONFIGS / f"{name}.py"))["get_config"](model), **changes)
+def on(name: str, argument: Any, **changes: Any) -> config.Run:
+    """The run that configs/NAME.py makes of a model, or of what else its `get_config` takes, with these fields in place of its own."""
+    return dataclasses.replace(runpy.run_path(str(CONFIGS / f"{name}.py"))["get_config"](argument), **changes)

@@ -20,18 +20,24 @@ from benchmarks import arms
 from benchmarks.common import claim, write
 from benchmarks.prune_at_once import RUN as ADDRESSES
 from llm_jax import config, evaluate, model, tree
-from llm_jax.transforms import chain, merge_lora, new_head
+from llm_jax.transforms import chain, dropout, merge_lora, new_head
 
-SETTINGS = {"lora": ((5e-4, 1), (5e-4, 2)), "full": ((2e-5, 1), (5e-5, 1), (5e-5, 2))}
-"""learning rate and epochs, tried with seed 0"""
+SETTINGS = {
+    "lora": ((5e-4, 1, 0.0), (5e-4, 2, 0.0), (5e-4, 1.5, 0.1)),
+    "full": ((2e-5, 1, 0.0), (5e-5, 1, 0.0), (5e-5, 1.5, 0.0), (5e-5, 2, 0.0)),
+}
+"""learning rate, epochs and dropout, tried with seed 0"""
 
 
-def setting(kind: str, rate: float, epochs: int) -> tuple[str, config.Run]:
-    """The name of an arm and its run; "full" is the recipe of LoRA with all weights trained, none of them beside others."""
-    run = arms.changed(arms.load("lora_reviews"), epochs=epochs, optimizer={"learning_rate": rate})
+def setting(kind: str, rate: float, epochs: float, dropped: float) -> tuple[str, config.Run]:
+    """The name of an arm and its run; "full" is the recipe of LoRA with all weights trained, none of them beside others.
+
+    LoRA's dropout is before the factors, that of full fine-tuning the model's own.
+    """
+    run = arms.changed(arms.on("lora_reviews", dropped), epochs=epochs, optimizer={"learning_rate": rate})
     if kind == "full":
-        run = dataclasses.replace(run, transforms=run.transforms[:1])
-    return f"lora_reviews_{kind}_{rate:g}_{epochs}epochs", run
+        run = dataclasses.replace(run, transforms=run.transforms[:1] + ((dropout(dropped),) if dropped else ()))
+    return f"lora_reviews_{kind}_{rate:g}_{epochs:g}epochs" + (f"_dropout{dropped:g}" if dropped else ""), run
 
 
 def best(kind: str, seeds: list[int]) -> tuple[dict[str, Any], dict[str, float]]:

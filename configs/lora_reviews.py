@@ -13,19 +13,19 @@ from llm_jax.tasks import Classification
 from llm_jax.transforms import lora, new_head
 
 
-def get_config() -> Run:
+def get_config(dropout: float = 0.1) -> Run:
     return Run(
         name="lora_reviews",
         start="asset:smollm2",
         transforms=(
             new_head("classification", words=(" negative", " positive")),
-            lora(7, alpha=28.0, targets=("mlp/.*",), also=("head/.*",)),
+            lora(7, alpha=28.0, targets=("mlp/.*",), dropout=dropout, also=("head/.*",)),
         ),
         task=Classification(labels=("rotten", "fresh"), template="Review:\n{text}\nSentiment:"),
         data=Data(sources=("asset:rotten-tomatoes",), heldout=0.2, group="movie", long="truncate"),
         optimizer=Optimizer(name="adamw", learning_rate=5e-4),
         schedule=Schedule(name="linear", final=0.0),
-        epochs=1,
+        epochs=1.5,
         batch=Batch(size=4, length=64),
         checkpoint=Checkpoint(every=10_000, best="accuracy"),
         eval=Eval(every=0),

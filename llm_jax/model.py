@@ -224,4 +224,4 @@ def merge(models: Sequence[Model], change: transforms.Transform, name: str = "")
 
 def _essential(config: ModelConfig) -> ModelConfig:
     """The sizes without what makes no difference to a trained model."""
-    return config.replace(dropout=0.0, dtype="auto", remat="none")
+    return config.replace(dropout=0.0, lora_dropout=0.0, dtype="auto", remat="none")

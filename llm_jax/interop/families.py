@@ -63,7 +63,7 @@ def _essence(config: ModelConfig) -> dict[str, Any]:
         "logits_scale": not over_vocabulary or not config.tie_embeddings,
         "logits_bias": config.head != "lm",
         "labels": config.head != "classification",
-        **dict.fromkeys(("lora_alpha", "lora_rank_stabilised", "lora_targets"), not config.lora_rank),
+        **dict.fromkeys(("lora_alpha", "lora_rank_stabilised", "lora_targets", "lora_dropout"), not config.lora_rank),
     }
     return {field: value for field, value in found.items() if not idle.get(field, False)}
 

@@ -244,7 +244,7 @@ def _describe(config: ModelConfig, modules: list[Module], kept: list[str], base:
         "r": config.lora_rank,
         "lora_alpha": config.lora_alpha,
         "use_rslora": config.lora_rank_stabilised,
-        "lora_dropout": 0.0,
+        "lora_dropout": config.lora_dropout,
         "bias": "none",
         "fan_in_fan_out": any(p.entry.layout not in LINEAR for module in modules for p in module.parts.values()),
         "target_modules": "|".join(module.pattern for module in modules),
@@ -315,6 +315,7 @@ def _sizes(plain: ModelConfig, held: list[_Held], fields: Fields) -> ModelConfig
         lora_alpha=alpha if alpha / root == scale else scale * root,
         lora_rank_stabilised=stabilised,
         lora_targets=tuple(sorted({ours.split("/layers/")[1] for each in held for ours in each.module.parts})),
+        lora_dropout=fields.rate("lora_dropout", 0.0),
     )
 
 

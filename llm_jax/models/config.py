@@ -106,6 +106,8 @@ class ModelConfig:
     """by alpha / sqrt(R) instead"""
     lora_targets: tuple[str, ...] = LORA_TARGETS
     """regexes of the weights that have factors beside them, by their path in a layer, such as mlp/up"""
+    lora_dropout: float = 0.0
+    """rate on what the factors read, and not on what the weight beside them reads, while training"""
 
     def __post_init__(self):
         choose("architecture", self.architecture, ARCHITECTURES)
@@ -150,8 +152,9 @@ class ModelConfig:
                 f"relative positions need at least 4 buckets, not {self.relative_buckets}, and a distance of more than half of "
                 f"them, not {self.relative_distance}"
             )
-        if not 0 <= self.dropout < 1:
-            raise ConfigError(f"model.dropout is {self.dropout}: it must lie in [0, 1)")
+        for name in ("dropout", "lora_dropout"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ConfigError(f"model.{name} is {getattr(self, name)}: it must lie in [0, 1)")
         if self.patch_size and self.image_size % self.patch_size:
             raise ConfigError(
                 f"model.image_size {self.image_size} is not a multiple of model.patch_size {self.patch_size}"
@@ -213,6 +216,11 @@ class ModelConfig:
         gate = ("mlp/gate",) if self.mlp.startswith("gated_") else ()
         heads = (f"{attention}/{name}" for attention in attentions for name in ("query", "key", "value", "out"))
         return (*heads, "mlp/up", *gate, "mlp/down")
+
+    @property
+    def drops(self) -> bool:
+        """Whether training drops anything at random."""
+        return self.dropout > 0 or (self.lora_rank > 0 and self.lora_dropout > 0)
 
     @property
     def lora_scale(self) -> float:

@@ -34,6 +34,8 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "tanh": jnp.tanh,
 }
 
+DROPOUT = "dropout"
+"""The name of the key, for flax, that dropout before the factors of LoRA draws with"""
 INIT_SCALE = 0.02
 """Standard deviation of embeddings, as in BERT and GPT-2."""
 
@@ -156,12 +158,17 @@ def weight(
 
 
 def multiply(module: Any, name: str, x: Array, w: Weight, over: int = 1) -> Array:
-    """x W, or x W + s (x A) B with s = `config.lora_scale` where there are factors beside W (LoRA, eq. 3)."""
+    """x W, or x W + s (dropout(x) A) B with s = `config.lora_scale` where there are factors beside W (LoRA, eq. 3).
+
+    Dropout draws where the module is applied with a key of that name: flax makes of it another key for each product.
+    """
     read(module, name, x)
     y = named(contract(x, w.value, over, w.axes), name)
     if w.factors is None:
         return y
     a, b = w.factors
+    if module.config.lora_dropout and module.has_rng(DROPOUT):
+        x = dropout(x, module.config.lora_dropout, module.make_rng(DROPOUT))
     return y + module.config.lora_scale * contract(contract(x, a, over), b)
 
 

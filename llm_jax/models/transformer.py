@@ -20,7 +20,18 @@ from llm_jax.models import remat
 from llm_jax.models.attention import Mask
 from llm_jax.models.config import ModelConfig
 from llm_jax.models.heads import Head, Outputs
-from llm_jax.models.layers import MLP, Attention, Embedding, Memory, Norm, RelativeBias, compute_dtype, dropout, unstack
+from llm_jax.models.layers import (
+    DROPOUT,
+    MLP,
+    Attention,
+    Embedding,
+    Memory,
+    Norm,
+    RelativeBias,
+    compute_dtype,
+    dropout,
+    unstack,
+)
 from llm_jax.platform import target
 from llm_jax.sharding import constrain
 
@@ -239,8 +250,9 @@ def _stack(
 
     def layer(x: Array, weights: Params, memory: Any, cross_memory: Any, key: Array | None) -> tuple[Array, Kept]:
         x = remat.named(x, remat.INPUT)
+        rngs = {} if key is None else {DROPOUT: key}
         found = cast(Any, module.apply)(
-            {"params": weights}, x, seen, memory, cross_memory, key, want_weights, mutable=["inputs"]
+            {"params": weights}, x, seen, memory, cross_memory, key, want_weights, rngs=rngs, mutable=["inputs"]
         )
         (x, kept), read = found
         return x, Kept(

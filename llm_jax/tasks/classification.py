@@ -169,7 +169,7 @@ class Classification:
         factors = jnp.asarray(self.class_weights or (1.0,) * len(self.labels), jnp.float32)
 
         def loss(params: Any, batch: Any, key: Any, reference: Any) -> Loss:
-            outputs = apply(config, params, batch, key=key if config.dropout else None)
+            outputs = apply(config, params, batch, key=key if config.drops else None)
             training = key is not None
             weights = batch["weights"] * factors[batch["targets"]] if training else batch["weights"]
             smoothing = self.label_smoothing if training else 0.0

@@ -101,7 +101,7 @@ def vocabulary_loss(config: ModelConfig, label_smoothing: float, z_loss: float) 
     """The cross-entropy of a batch's targets; smoothing, z-loss and dropout only where there is a key, that is, in training."""
 
     def loss(params: Any, batch: Any, key: Any, reference: Any) -> Loss:
-        outputs = apply(config, params, batch, key=key if config.dropout else None, logits=False)
+        outputs = apply(config, params, batch, key=key if config.drops else None, logits=False)
         training = key is not None
         return cross_entropy(
             outputs,

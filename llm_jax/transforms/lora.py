@@ -32,18 +32,20 @@ def lora(
     alpha: float = 16.0,
     targets: Sequence[str] = LORA_TARGETS,
     rank_stabilised: bool = False,
+    dropout: float = 0.0,
     also: Sequence[str] = (),
     layers: Sequence[int] | None = None,
 ) -> Transform:
     """x W becomes x W + alpha/rank (x A) B, and A and B alone are trained (Hu et al. 2021, eq. 3); B starts at zero, A normal with variance 1/fan_in.
 
-    What is frozen costs neither gradient nor moments. A model that has these factors already keeps them and trains on.
+    What is frozen costs neither gradient nor moments. A model that has these factors already keeps them and trains on, at the rate of dropout given here.
 
     Args:
         rank: of the factors; 0 for none, and then all is trained as ever.
         alpha: of the scale.
         targets: regexes of weights by their path in a layer (`attention/query`, `cross/out`, `mlp/up`, ...), by default queries and values.
         rank_stabilised: scale by alpha/sqrt(rank) (Kalajdzievski 2023, section 4).
+        dropout: rate, in training, on the x of x A alone; x W reads all of it, as in the authors' code.
         also: regexes of other parameters, by their whole path, that are trained with the factors, such as `head/.*`.
         layers: numbers of the layers that are adapted, from 0 below, by default all. In others A is zero as B is, which no gradient moves;
             they take memory like the rest, since layers are stacked.
@@ -53,7 +55,11 @@ def lora(
     """
     targets, also = ((x,) if isinstance(x, str) else tuple(x) for x in (targets, also))
     fields: dict[str, Any] = dict(
-        lora_rank=rank, lora_alpha=alpha, lora_targets=targets, lora_rank_stabilised=rank_stabilised
+        lora_rank=rank,
+        lora_alpha=alpha,
+        lora_targets=targets,
+        lora_rank_stabilised=rank_stabilised,
+        lora_dropout=dropout,
     )
     ModelConfig(architecture="encoder-decoder", mlp="gated_silu", **fields)  # has every weight that a target may mean
     layers = None if layers is None else tuple(layers)
@@ -66,7 +72,7 @@ def lora(
         made, depth = sizes.replace(**fields), max(sizes.encoder_depth, sizes.decoder_depth)
         if layers and max(layers) >= depth:
             raise ConfigError(f"lora: layers has {max(layers)}, and the layers of the model are 0 to {depth - 1}")
-        if sizes.lora_rank and made != sizes:
+        if sizes.lora_rank and made != sizes.replace(lora_dropout=dropout):
             raise ConfigError(
                 f"lora: the model has factors of rank {sizes.lora_rank} already, of other settings: fold them in with merge_lora() first"
             )
@@ -86,8 +92,14 @@ def lora(
         return tree.map_with_name(one, transformer.init(config(sizes), key))
 
     trained = train_only(lambda params: tree.mask(params, (FACTORS, *also), "lora: regex"))
-    options = {"targets": targets, "rank_stabilised": rank_stabilised, "also": also, "layers": layers}
-    usual = {"targets": LORA_TARGETS, "rank_stabilised": False, "also": (), "layers": None}
+    options = {
+        "targets": targets,
+        "rank_stabilised": rank_stabilised,
+        "dropout": dropout,
+        "also": also,
+        "layers": layers,
+    }
+    usual = {"targets": LORA_TARGETS, "rank_stabilised": False, "dropout": 0.0, "also": (), "layers": None}
     told = "".join(f", {name}={value!r}" for name, value in options.items() if value != usual[name])
     return trained._replace(config=config, params=params, label=f"lora({rank}, alpha={alpha}{told})")
 
