@@ -143,11 +143,14 @@ def on_mesh(c, devices, grad):
         return program(params, batch)
 
 
-def test_dropout_is_the_same_on_every_mesh(mesh):
+@pytest.mark.parametrize(
+    "rates", [dict(dropout=0.3), dict(lora_rank=2, lora_targets=(".*",), lora_dropout=0.3)], ids=["all", "factors"]
+)
+def test_dropout_is_the_same_on_every_mesh(mesh, rates):
     """What is dropped depends on the key and the place in the global batch, not on the device that holds it."""
     sizes, task = MODELS["decoder"]
     sizes, batch, devices = (
-        sizes.replace(dropout=0.3, layers=1),
+        sizes.replace(layers=1, **rates),
         make_batch("decoder"),
         mesh(data=2, tensor=2, context=2),
     )

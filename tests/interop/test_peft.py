@@ -79,6 +79,7 @@ def products(folder):
         ("llama", {}),
         ("gpt2", {"layers": [1]}),
         ("t5", {"layers": [0]}),
+        ("llama", {"dropout": 0.25}),
     ],
 )
 def test_what_is_written_is_the_change_of_the_weights(made, tmp_path, family, options):
@@ -89,6 +90,7 @@ def test_what_is_written_is_the_change_of_the_weights(made, tmp_path, family, op
     assert found.keys() == expected.keys()
     for name, x in found.items():
         np.testing.assert_allclose(x, expected[name], atol=1e-5, err_msg=name)
+    assert json.loads((tmp_path / "adapter" / CONFIG).read_text())["lora_dropout"] == options.get("dropout", 0.0)
 
     again = peft.load(tmp_path / "adapter", base)
     assert jax.tree.structure(again.params) == jax.tree.structure(transformer.shapes(again.config))
@@ -240,6 +242,7 @@ def test_what_is_not_written(made, tmp_path):
         (dict(bias="all"), "bias is 'all': not implemented"),
         (dict(init_lora_weights="pissa_niter_4"), "init_lora_weights is 'pissa_niter_4', which changes the base"),
         (dict(r="2"), "r is '2': it must be a whole number"),
+        (dict(lora_dropout=1), "lora_dropout is 1: it must lie from 0 up to 1"),
         (dict(r=3), r"self_attn.q_proj.lora_A is of shape \[2, 36\], not of shape \[3, 36\]"),
         (dict(rank_pattern={"q_proj": 4}), r"q_proj.lora_A is of shape \[2, 36\], not of shape \[4, 36\]"),
         (dict(rank_pattern={"q_proj": "x"}), "rank_pattern: q_proj is 'x': it must be a number"),

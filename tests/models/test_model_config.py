@@ -27,6 +27,7 @@ BAD = [
     (dict(dim=18, heads=6), "rotary positions need an even head size, not 3"),
     (dict(dim=15, heads=3, positions="sinusoidal"), "sinusoidal positions need an even model.dim, not 15"),
     (dict(dropout=1.0), "model.dropout is 1.0: it must lie in [0, 1)"),
+    (dict(lora_dropout=-0.1), "model.lora_dropout is -0.1: it must lie in [0, 1)"),
     (dict(patch_size=16, image_size=100), "model.image_size 100 is not a multiple of model.patch_size 16"),
     (dict(head="mlm"), "the mlm head is for an encoder, not for a decoder"),
 ]

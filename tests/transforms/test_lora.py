@@ -2,6 +2,7 @@
 
 import json
 
+import flax.linen as nn
 import jax
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from llm_jax.interop import families, huggingface
 from llm_jax.model import Model
 from llm_jax.models import presets, transformer
 from llm_jax.models.config import ModelConfig
+from llm_jax.models.layers import multiply, weight
 from llm_jax.step import differentiate, init_state, make_step
 from llm_jax.tasks import NextToken
 from llm_jax.transforms import IDENTITY, chain
@@ -147,7 +149,7 @@ def test_on_a_mesh(name):
 
 def test_it_comes_back(tmp_path):
     again = laws.comes_back(
-        lora(2, targets=["mlp/.*", "attention/out"], rank_stabilised=True), tiny_model("bert"), tmp_path
+        lora(2, targets=["mlp/.*", "attention/out"], rank_stabilised=True, dropout=0.1), tiny_model("bert"), tmp_path
     )
     assert isinstance(again.config.lora_targets, tuple)
     assert (
@@ -223,6 +225,60 @@ def test_it_costs_less_than_half_the_backward_pass(adapted):
     assert work(CHANGE.grad(adapted.grad)) < 0.85 * work(adapted.grad)
 
 
+class Products(nn.Module):
+    """Two products whose weights are zero; of factors that are the identity."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, x):
+        shape, axes = (self.config.dim, self.config.dim), ("embed", "mlp")
+        return [multiply(self, n, x, weight(self, n, f"mlp/{n}", shape, axes, self.config.dim)) for n in ("up", "down")]
+
+
+def test_dropout_is_on_what_the_factors_read():
+    """s dropout(x) where W is zero and A and B are the identity: of a share 1 - rate each x / (1 - rate), drawn for each product."""
+    config = ModelConfig(dim=24, heads=2, lora_rank=24, lora_alpha=48.0, lora_targets=("mlp/.*",), lora_dropout=0.25)
+    params = {f"{n}_lora_{x}": np.eye(24) for n in ("up", "down") for x in "ab"} | dict(
+        up=np.zeros((24, 24)), down=np.zeros((24, 24))
+    )
+    x = np.random.default_rng(0).normal(size=(4, 40, 24)).astype(np.float32)
+
+    def apply(params, **keys):
+        return [np.asarray(y) for y in Products(config).apply({"params": params}, x, rngs=keys)]
+
+    for y in apply(params):
+        np.testing.assert_allclose(y, 2 * x, rtol=1e-6)
+    first, second = apply(params, dropout=jax.random.key(0))
+    for y in first, second:
+        np.testing.assert_allclose(y, np.where(y == 0, 0, 2 * x / 0.75), rtol=1e-5)
+        assert abs((y == 0).mean() - 0.25) < 0.03
+    assert 0.3 < ((first == 0) != (second == 0)).mean() < 0.45, "each draws for itself: 2 * 0.25 * 0.75 differ"
+    whole = {**params, "up": np.eye(24)}
+    np.testing.assert_allclose(apply(whole, dropout=jax.random.key(0))[0], x + first, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["bert", "llama", "t5"])
+def test_training_alone_drops_what_the_factors_read(name, monkeypatch):
+    """Evaluation and decoding read all of it; each key draws other places, and in a scan over the layers the same as one after the other."""
+    plain = FAMILIES[name].replace(dropout=0.0, dtype="float32", **EVERYWHERE)
+    params, keys = random_params(plain), [jax.random.key(seed) for seed in (1, 1, 2)]
+
+    def losses(rate):
+        loss, batch = laws.objective(plain.replace(lora_dropout=rate))
+
+        def every(params):
+            return [loss(params, batch, key, None).total for key in (None, *keys)]
+
+        return np.asarray(jax.jit(every, compiler_options=laws.FAST)(params))
+
+    without, dropped = losses(0.0), losses(0.3)
+    np.testing.assert_allclose([*without, dropped[0]], without[0], rtol=1e-6)
+    assert dropped[1] == dropped[2] and len(set(dropped)) == 3
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    np.testing.assert_allclose(losses(0.3), dropped, rtol=1e-4)
+
+
 @pytest.mark.parametrize("name", ["adamw", "muon"])
 def test_layers_that_are_not_adapted_keep_their_zeros(problem, name):
     change = lora(2, targets=(".*",), layers=[1])
@@ -271,6 +327,9 @@ def test_a_model_with_factors_trains_on():
     tiny = tiny_model("gpt2", **EVERYWHERE)
     same = lora(3, alpha=2.0, targets=[".*"])
     laws.identity(same, tiny)
+    config, params = laws.changed(lora(3, alpha=2.0, targets=[".*"], dropout=0.1), tiny)
+    assert config == tiny.config.replace(lora_dropout=0.1)
+    laws.equal(params, tiny.params)
     for other in (lora(4, alpha=2.0, targets=[".*"]), lora(3, alpha=2.0)):
         with pytest.raises(ConfigError, match="has factors of rank 3 already, of other settings: fold them in"):
             other.config(tiny.config)
@@ -281,6 +340,7 @@ def test_labels_are_code():
         lora(2),
         lora(4, alpha=8.0, targets="mlp/.*", rank_stabilised=True, also="head/.*"),
         lora(4, layers=range(8, 23)),
+        lora(4, dropout=0.1),
         merge_lora(),
         merge_lora(keep_zeros=True),
     ):
@@ -307,6 +367,7 @@ def test_it_is_not_exported_as_it_is(tmp_path):
         (dict(rank=2, alpha=0.0), "model.lora_alpha is 0.0: it must be above 0 and finite"),
         (dict(rank=2, targets=()), "model.lora_targets is empty: name the weights of the layers that get factors"),
         (dict(rank=2, targets=("attention/quer",)), "model.lora_targets 'attention/quer' matches no weight; did you mean 'attention/query'?"),
+        (dict(rank=2, dropout=1.0), "model.lora_dropout is 1.0: it must lie in [0, 1)"),
         (dict(rank=2, layers=()), "lora: layers is (): name some of the layers by number, from 0 below"),
         (dict(rank=2, layers=(1, -1)), "lora: layers is (1, -1): name some of the layers by number, from 0 below"),
         (dict(rank=2, targets="mlp/(up"), "model.lora_targets has 'mlp/(up', which is no regex: missing ), unterminated subpattern at position 4"),
