@@ -9,6 +9,7 @@ from llm_jax import saved
 from llm_jax.config import Run, to_dict
 from llm_jax.data.pipeline import check_fingerprint
 from llm_jax.errors import CheckpointError
+from llm_jax.models.config import ModelConfig
 from llm_jax.parts import Parts
 from llm_jax.platform import repeatable
 
@@ -48,6 +49,12 @@ def _filled(there: Any, default: Any) -> Any:
     return {**json.loads(json.dumps(default)), **known}
 
 
+def differences(there: dict[str, Any], run: Run) -> list[str]:
+    """What of a run, whose config is resolved, may not differ from the config on a card and does; a key that came since then had its default."""
+    usual = to_dict(Run(task=run.task, model=ModelConfig()))
+    return _differences(_filled(there, usual), json.loads(json.dumps(to_dict(run))))
+
+
 def _starts_from(start: str, parents: list[str]) -> bool:
     """Whether a run's start is the checkpoint whose weights have this hash."""
     try:
@@ -59,12 +66,10 @@ def _starts_from(start: str, parents: list[str]) -> bool:
 
 def check_continues(parts: Parts, card: cards.Card) -> None:
     """Raise unless the run continues the one with this card."""
-    here = json.loads(json.dumps(to_dict(parts.run)))
-    there = _filled(card["config"], to_dict(Run(task=parts.run.task)))
-    if there["start"] != here["start"] and _starts_from(here["start"], card["parents"]):
-        there["start"] = here["start"]  # moved, or spelt otherwise
-    different = _differences(there, here)
-    if different:
+    there = card["config"]
+    if there["start"] != parts.run.start and _starts_from(parts.run.start, card["parents"]):
+        there = {**there, "start": parts.run.start}  # moved, or spelt otherwise
+    if different := differences(there, parts.run):
         raise CheckpointError(
             f"{parts.run.folder} holds a run of another config ({different[0]}): "
             "give this one another name or workdir, or remove that folder"

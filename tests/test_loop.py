@@ -632,12 +632,15 @@ def test_times_and_a_trace_of_chosen_steps(tiny, tmp_path, monkeypatch):
 
 
 def test_a_config_that_lacks_a_newer_key_had_its_default():
-    there = json.loads(json.dumps(config.to_dict(Run(task=NextToken()))))
-    del there["data"]["shards"], there["profile"]
-    filled = continuation._filled(there, config.to_dict(Run(task=NextToken())))
-    here = json.loads(json.dumps(config.to_dict(Run(task=NextToken(), data=Data(shards=2)))))
-    assert continuation._differences(filled, here) == ["data.shards is 1 there and 2 here"]
-    assert not continuation._differences(filled, json.loads(json.dumps(config.to_dict(Run(task=NextToken())))))
+    run = Run(task=NextToken(), model=ModelConfig(layers=2))
+    there = json.loads(json.dumps(config.to_dict(run)))
+    del there["data"]["shards"], there["profile"], there["model"]["lora_dropout"]
+    assert not continuation.differences(there, run)
+    other = change(run, data=dict(shards=2), model=dict(lora_dropout=0.1))
+    assert continuation.differences(there, other) == [
+        "data.shards is 1 there and 2 here",
+        "model.lora_dropout is 0.0 there and 0.1 here",
+    ]
 
 
 def test_repeatable_runs_are_equal_and_go_on_in_their_mode(texts: Path, tmp_path: Path, monkeypatch):
