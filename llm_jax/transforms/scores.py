@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Bool, Float
 
 from llm_jax import tree
@@ -19,7 +18,7 @@ from llm_jax.losses import LossFn
 from llm_jax.models import transformer
 from llm_jax.models.config import ModelConfig
 from llm_jax.models.transformer import Params
-from llm_jax.transforms.base import removed
+from llm_jax.transforms.base import marked, removed
 
 EXACT = jax.lax.Precision.HIGHEST
 
@@ -137,7 +136,8 @@ def sparsegpt(
 
     With H = X^T X + damping mean(diag X^T X) I and U^T U = H^-1, U upper triangular, row after row: removing w_ij costs (w_ij / U_ii)^2, and the
     rows below take over with w_k -= w_i / U_ii U_ik. In every `block` of rows the share `sparsity` goes, so that round(sparsity I O) go in all;
-    with groups (N, M) all but N of every M rows of an output. Rows beyond the block are updated by one product when it is done.
+    with groups (N, M) all but N of every M rows of an output. Rows beyond the block are updated by one product when it is done. What is removed
+    already goes first and stays at zero; where a block has more of it than its share, the blocks below it lose the fewer.
     """
     inputs, outputs = w.shape
     group = groups[1] if groups else min(block, inputs)
@@ -145,21 +145,23 @@ def sparsegpt(
     count = -(-inputs // size)
     total = count * size
     u = _inverse_factor(hessian, damping, total)
-    quota = np.diff([round(sparsity * outputs * min(i * size, inputs)) for i in range(count + 1)])
-    quotas = jnp.asarray(quota, jnp.uint32)
+    wanted = jnp.asarray([round(sparsity * outputs * min(i * size, inputs)) for i in range(1, count + 1)], jnp.int32)
+    gone = jnp.pad(removed(w), ((0, total - inputs), (0, 0)))
 
     def one_block(b: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
         w, kept = carry
         start = b * size
         factor = jax.lax.dynamic_slice(u, (start, start), (size, size))
         diagonal = jnp.diagonal(factor)[:, None]
+        quota = jnp.maximum(wanted[b] - jnp.sum(~kept, dtype=jnp.int32), 0)
 
         def choose(rows: Array, j: Array) -> Array:
             part = jax.lax.dynamic_slice_in_dim(rows / diagonal, j, group)
             real = start + j + jnp.arange(group) < inputs
-            cost = jnp.where(real[:, None], jnp.square(part), jnp.inf)
-            least = smallest([cost], groups[1] - groups[0], (0,)) if groups else smallest([cost], quotas[b], (0, 1))
-            return ~least[0]
+            before = jax.lax.dynamic_slice_in_dim(gone, start + j, group)
+            cost = jnp.where(before, -1.0, jnp.where(real[:, None], jnp.square(part), jnp.inf))
+            least = smallest([cost], groups[1] - groups[0], (0,)) if groups else smallest([cost], quota, (0, 1))
+            return ~least[0] & ~before
 
         def one_row(j: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
             rows, kept, errors = carry
@@ -181,7 +183,7 @@ def sparsegpt(
 
     wide = jnp.pad(w.astype(jnp.float32), ((0, total - inputs), (0, 0)))
     wide, kept = jax.lax.fori_loop(0, count, one_block, (wide, jnp.ones(wide.shape, bool)))
-    return jnp.where(kept, wide, 0)[:inputs].astype(w.dtype)
+    return jnp.where(kept, marked(wide, False), 0)[:inputs].astype(w.dtype)
 
 
 def _inverse_factor(hessian: Float[Array, "I I"], damping: float, total: int) -> Float[Array, "T T"]:

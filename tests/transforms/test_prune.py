@@ -328,6 +328,7 @@ def reference_sparsegpt(w, hessian, sparsity, groups=None, damping=0.01, block=1
     """Optimal brain surgery of one weight after the other, with H^-1 of what remains by elimination: no Cholesky factor, no lazy blocks."""
     w = np.array(w, np.float64)
     count, outputs = w.shape
+    gone = (w == 0) & ~np.signbit(w)
     inverse = np.linalg.inv(hessian + damping * np.mean(np.diag(hessian)) * np.eye(count))
     pivots, rows = [], []
     for j in range(count):
@@ -339,11 +340,12 @@ def reference_sparsegpt(w, hessian, sparsity, groups=None, damping=0.01, block=1
     for j in range(count):
         if j % width == 0:
             end = min(j + width, count)
-            cost = w[j:end] ** 2 / np.array(pivots[j:end])[:, None]
+            cost = np.where(gone[j:end], -1, w[j:end] ** 2 / np.array(pivots[j:end])[:, None])
             if groups:
                 kept[j:end] = ~least_of_each(cost, groups[1] - groups[0], 0)
             else:
-                kept[j:end] = ~least(cost, round(sparsity * outputs * end) - round(sparsity * outputs * j))
+                kept[j:end] = ~least(cost, max(round(sparsity * outputs * end) - (~kept).sum(), 0))
+            kept[j:end] &= ~gone[j:end]
         error = np.where(kept[j], 0, w[j] / pivots[j])
         w[j:] -= np.outer(rows[j][j:], error)
     return np.where(kept, w, 0)
@@ -375,6 +377,29 @@ def test_sparsegpt_in_groups(groups, block):
     found = surgery(w, x.T @ x, 1 - groups[0] / groups[1], groups=groups, block=block)
     assert ((found == 0).reshape(-1, groups[1], 11).sum(1) == groups[1] - groups[0]).all()
     np.testing.assert_allclose(found, reference_sparsegpt(w, x.T @ x, 0, groups=groups), atol=1e-4)
+
+
+@pytest.mark.parametrize("options", [dict(block=8), dict(block=16), dict(groups=(2, 4), block=8)], ids=str)
+@pytest.mark.parametrize("already", [0.3, 0.7])
+def test_sparsegpt_leaves_what_is_removed_at_zero(options, already):
+    """It goes first, wherever a block or a group has more of it than its share."""
+    x, w = layer_of(inputs=36)
+    gone = np.random.default_rng(2).random(w.shape) < already
+    w, wanted = np.where(gone, 0, w), round(0.5 * w.size)
+    w[-4:] = np.where(gone[-4:], 0, -0.0)  # a zero, and no mask
+    found = surgery(w, x.T @ x, 0.5, **options)
+    removed = (found == 0) & ~np.signbit(found)
+    assert removed[gone].all()
+    if "groups" in options:
+        assert (removed.reshape(-1, 4, 11).sum(1) >= 2).all()
+    else:
+        assert removed.sum() == max(wanted, gone.sum())
+    np.testing.assert_allclose(found, reference_sparsegpt(w, x.T @ x, 0.5, **options), atol=1e-4)
+
+
+def test_sparsegpt_marks_no_zero_that_stays():
+    x, w = layer_of(inputs=36)
+    assert np.signbit(surgery(np.full_like(w, -0.0), x.T @ x, 0.5)).sum() == w.size - round(0.5 * w.size)
 
 
 def test_sparsegpt_keeps_the_product():
