@@ -63,7 +63,7 @@ class Comparison:
         lines = [
             HEADER,
             _row("parameters, M", a.parameters / 1e6, b.parameters / 1e6),
-            _row("of them 0, M", a.zeros / 1e6, b.zeros / 1e6),
+            *([_row("of them 0, M", a.zeros / 1e6, b.zeros / 1e6)] if a.zeros or b.zeros else []),
             _row(WORK, a.flops / 1e9, b.flops / 1e9),
             _row("forward, ms (measured)", a.seconds * 1e3, b.seconds * 1e3),
             f"medians of {REPEATS} passes over {self.batch_shape[0]} rows of {self.batch_shape[1]} tokens on {self.device}; quartiles "
@@ -129,22 +129,23 @@ def peak_memory(config: ModelConfig, batch_shape: tuple[int, int]) -> int:
 def told(
     before: ModelConfig, after: ModelConfig, batch_shape: tuple[int, int], pruned: Collection[str], measure: bool
 ) -> str:
-    """What a run says of its transforms before its first step: the table of `compare` where sizes change, that zeros save no time where weights
-    are pruned, else nothing.
+    """What a run says of its transforms before its first step: the table of `compare` where sizes change, and that zeros save no time where
+    weights are pruned.
 
     Args:
         pruned: the weights that are pruned, or will be.
         measure: whether passes are timed, on one device; models of over half a billion parameters together are not, since both are held at once.
     """
+    zeros = [f"pruned: {len(pruned)} stacks of matrices; {NO_SPEED_UP}"] if pruned else []
     if all(getattr(before, name) == getattr(after, name) for name in SIZES):
-        return f"pruned: {len(pruned)} stacks of matrices; {NO_SPEED_UP}" if pruned else ""
+        return "\n".join(zeros)
     counts = [tree.size(transformer.shapes(config)) for config in (before, after)]
     if measure and sum(counts) <= MEASURED:
-        return str(compare(before, after, batch_shape))
+        return "\n".join([str(compare(before, after, batch_shape)), *zeros])
     work = [flops.forward_flops(config, _shapes(config, batch_shape)) for config in (before, after)]
     rows = [_row("parameters, M", *(n / 1e6 for n in counts)), _row(WORK, *(n / 1e9 for n in work))]
     why = f"models of more than {MEASURED / 1e6:.0f}M parameters together" if measure else "several devices"
-    return "\n".join([HEADER, *rows, f"not timed: {why}"])
+    return "\n".join([HEADER, *rows, f"not timed: {why}", *zeros])
 
 
 def _drawn(config: ModelConfig) -> Params:

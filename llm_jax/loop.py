@@ -297,7 +297,10 @@ class _Session:
         found, metric = self.measure(batches), self.run.checkpoint.best
         if not self.parts.heldout:
             return
-        if found and metric:
+        whole = all(
+            self.at >= change.steps for change in self.run.transforms
+        )  # what is half pruned is no model to end with
+        if found and metric and whole:
             before, value = self.best["value"], found[metric]
             if before is None or (value > before if rising(metric) else value < before):
                 self.best = {"value": value, "step": self.at, "stale": 0}

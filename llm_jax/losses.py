@@ -44,6 +44,8 @@ class Loss(NamedTuple):
     """further sums over the same tokens; reported divided by `weight`"""
     outputs: Any = None
     """the model's `Outputs`, for transforms that add terms"""
+    weights: Any = None
+    """of each target, as `weight` sums them up, for such terms to be means over the same"""
 
 
 LossFn = Callable[..., Loss]
@@ -79,7 +81,7 @@ def cross_entropy(
         z_loss,
         bias is not None,
     )
-    return Loss(total, jnp.sum(weights, dtype=jnp.float32), {"nll": nll, "correct": correct}, outputs)
+    return Loss(total, jnp.sum(weights, dtype=jnp.float32), {"nll": nll, "correct": correct}, outputs, weights)
 
 
 def class_cross_entropy(
@@ -103,6 +105,7 @@ def class_cross_entropy(
         jnp.sum(weights, dtype=jnp.float32),
         {"nll": jnp.sum(weights * nll), "correct": jnp.sum(hit)},
         outputs,
+        weights,
     )
 
 

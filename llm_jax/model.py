@@ -22,6 +22,7 @@ from llm_jax.models import transformer
 from llm_jax.models.config import ModelConfig
 from llm_jax.models.heads import Outputs
 from llm_jax.storage import Path, as_path
+from llm_jax.transforms.lora import BESIDE, beside_factors
 from llm_jax.transforms.prune import check_sparsity
 
 
@@ -46,7 +47,7 @@ def model_config(card: Card, where: Any) -> ModelConfig:
         raise CheckpointError(f"the card of {where} describes no model of this version ({e})") from e
 
 
-OF_THE_PARENT = ("pruned", "results", "best", "step", "moments")
+OF_THE_PARENT = ("pruned", "results", "best", "step", "moments", BESIDE)
 """Entries of a card that are not true any more of a model that is made of this one"""
 
 
@@ -177,6 +178,8 @@ def transform(model: Model, change: transforms.Transform, key: Array, aux: Any =
     known = () if change.densify else model.card.get("pruned", {})
     still = [re.escape(path) for path in known if path in tree.names(params)]
     stated = transforms.chain(transforms.keep_zeros(still), change).card(params)
+    if config.lora_rank and (before := model.card.get(BESIDE)):
+        stated[BESIDE] = beside_factors([change.label], before, ())
     card = {
         **{key: entry for key, entry in model.card.items() if key not in OF_THE_PARENT},
         **stated,
@@ -203,9 +206,13 @@ def merge(models: Sequence[Model], change: transforms.Transform, name: str = "")
     """The first of several models changed by `transforms.merge(...)`, which reads the others; its card names them all as parents.
 
     Raises:
-        UserError: models of other sizes than the first, or with another tokenizer.
+        UserError: models of other sizes than the first, with another tokenizer, or with factors of low rank, whose product is not that of averages.
     """
     first, *others = models
+    if first.config.lora_rank:
+        raise UserError(
+            "merge: the models have factors of low rank beside their weights: fold them in with merge_lora() first"
+        )
     for other in others:
         different = checkpoint.difference(other.params, first.params)
         if different or _essential(other.config) != _essential(first.config):

@@ -27,6 +27,7 @@ from llm_jax.models.config import ModelConfig
 from llm_jax.platform import on_device, target
 from llm_jax.program import transform_of
 from llm_jax.tasks.base import Templated
+from llm_jax.transforms.lora import BESIDE, beside_factors
 
 log = logging.getLogger(__name__)
 
@@ -112,16 +113,18 @@ def _check_references(run: Run, tokenizer: Tokenizer) -> None:
     """Raise where a model that the loss reads knows other ids than the run's rows hold."""
     for name, source in tf.chain(*run.transforms).reference.items():
         known = models.read_tokenizer(source) if isinstance(source, str) else source.tokenizer
-        if known is not None and known.fingerprint != tokenizer.fingerprint:
+        if known is not None and not known.same_tokens(tokenizer):
             raise DataError(
                 f"the model {source} that the run reads as {name!r} has another tokenizer than the run: its tokens mean something else"
             )
 
 
 def calibration(run: Run, tokenizer: Tokenizer, count: int) -> tf.Calibration:
-    """The first `count` batches that one process alone would train on, for a transform to look at; the same on every process."""
-    sources = open_sources(run.data, "train")
-    with contextlib.closing(Loader(sources, tokenizer, run.task, run.data, run.batch, run.seed, "train")) as rows:
+    """The first `count` batches that one process alone would train on, in slices as gradients are accumulated, for a transform to look at; the same
+    on every process."""
+    sources, (count, size) = open_sources(run.data, "train"), program.calibration_shape(run, count)
+    batch = dataclasses.replace(run.batch, size=size, accumulate=1)
+    with contextlib.closing(Loader(sources, tokenizer, run.task, run.data, batch, run.seed, "train")) as rows:
         batches = [next(rows).batch for _ in range(count)]
     if any(x.shape != batches[0][name].shape for batch in batches for name, x in batch.items()):
         raise ConfigError("the rows that a transform looks at must be of one length: leave data.buckets empty")
@@ -141,7 +144,7 @@ def _tokenizer(run: Run, sources: list[Any]) -> Tokenizer:
     if started is not None and run.data.tokenizer.partition(":")[0] in TRAINERS:
         return _templated(run, started)
     tokenizer = load_tokenizer(run.data.tokenizer, lambda: _texts(run, sources))
-    if started is not None and started.fingerprint != tokenizer.fingerprint:
+    if started is not None and not tokenizer.continues_ids(started):
         log.warning(
             "data.tokenizer %s is not the tokenizer of %s, whose weights know other ids", run.data.tokenizer, run.start
         )
@@ -187,6 +190,7 @@ def assemble(
 
     def start() -> tuple[step.TrainState, Card]:
         key, started, inherited = jax.random.key(run.seed), None, Card(parents=[])
+        card = Card()
         if made.started is not None:
             loaded = models.load(run.start, mesh)
             different = checkpoint.difference(loaded.params, made.started)
@@ -198,6 +202,9 @@ def assemble(
         state = jax.jit(made.init, out_shardings=placed, compiler_options=quick)(key, started, aux)
         del started
         inherited["kept"] = list(program.pruned(run))
+        if made.model.lora_rank:
+            labels = [each.label for each in run.transforms]
+            inherited[BESIDE] = beside_factors(labels, card.get(BESIDE, ()), made.trained)
         if change.moments:
             state, inherited["moments"] = _warm(run, mesh, state, placed, jax.random.split(key, 3)[1])
         others, hashes = reference()

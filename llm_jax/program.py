@@ -6,7 +6,7 @@ No data is opened here, no weights are read and no device is touched: what a mod
 import dataclasses
 import functools
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -46,6 +46,8 @@ class Program:
     shardings: step.TrainState
     masks: tuple[str, ...]
     """the weights whose zeros the update keeps, those that it is to remove among them, by their paths"""
+    trained: tuple[str, ...]
+    """the weights that are not frozen, by their paths"""
     extra: tuple[str, ...]
     """names at the top of the params that are trained beside the model's and are no part of it"""
     step: Any
@@ -68,6 +70,7 @@ def make(run: Run, mesh: jax.sharding.Mesh, aux: Any = None) -> Program:
     model = change.config(began)
     shapes, axes, beside = _weights(change, model)
     schedule = jax.jit(optim.make_schedule(run.schedule, run.steps))
+    trained = _trained(run, change, shapes)
     optimizer = change.update(optim.make_optimizer(run.optimizer, schedule, shapes, axes))
     loss = change.loss(run.task.loss(model))
     judge = run.eval.task or run.task
@@ -101,11 +104,35 @@ def make(run: Run, mesh: jax.sharding.Mesh, aux: Any = None) -> Program:
         started,
         abstract._replace(reference=read),
         shardings,
-        tuple(name for name in tree.names(shapes) if any(re.fullmatch(regex, name) for regex in change.masks)),
+        tuple(_matching(shapes, change.masks)),
+        trained,
         tuple(beside),
         update,
         evaluate.make_eval_step(change.loss(judge.loss(model)), judge),
     )
+
+
+def _matching(shapes: Any, regexes: Sequence[str]) -> list[str]:
+    return [name for name in tree.names(shapes) if any(re.fullmatch(regex, name) for regex in regexes)]
+
+
+def _trained(run: Run, change: tf.Transform, shapes: Any) -> tuple[str, ...]:
+    """The weights that are not frozen.
+
+    Raises:
+        ConfigError: a transform is to remove frozen ones bit by bit, which no update reaches.
+    """
+    if change.trained is None:
+        return tuple(tree.names(shapes))
+    mask = change.trained(shapes)
+    trained = tuple(name for name, live in zip(tree.names(shapes), jax.tree.leaves(mask)) if live)
+    for each in run.transforms:
+        for name in _matching(shapes, each.masks) if each.steps else ():
+            if name not in trained:
+                raise ConfigError(
+                    f"run.transforms: {each.label} removes weights with the updates, and {name} is frozen: prune it at once, or leave it out of targets"
+                )
+    return trained
 
 
 def _weights(change: tf.Transform, model: ModelConfig) -> tuple[Any, Any, Any]:
@@ -147,13 +174,18 @@ def transform_of(run: Run) -> tf.Transform:
     """The transforms of a config, those that its plain fields ask for among them; freezing is outermost, since it hides params.
 
     Raises:
-        ConfigError: one that changes the update after one that keeps zeros.
+        ConfigError: one that changes the update after one that keeps zeros, or the loss after one that reads other rows.
     """
     for i, change in enumerate(run.transforms):
         for later in run.transforms[i + 1 :] if change.masks else ():
             if later.update is not tf.IDENTITY.update and not later.masks:
                 raise ConfigError(
                     f"run.transforms: {later.label} changes the update after {change.label}, which would not keep its zeros: put it before"
+                )
+        for later in run.transforms[i + 1 :] if change.resamples else ():
+            if later.loss is not tf.IDENTITY.loss:
+                raise ConfigError(
+                    f"run.transforms: {later.label} after {change.label} would read the data's rows where the loss reads sampled ones: put it before"
                 )
     kept = pruned(run)
     return tf.chain(
@@ -171,12 +203,16 @@ def arguments(run: Run, mesh: Any) -> tuple[Program, Any, dict[str, Any]]:
     change = transform_of(run)
     aux = None
     if change.calibration:
-        rows: dict[str, Any] = {
-            n: jax.ShapeDtypeStruct((change.calibration, *x.shape), x.dtype) for n, x in batch.items()
-        }
+        shape = calibration_shape(run, change.calibration)
+        rows: dict[str, Any] = {n: jax.ShapeDtypeStruct((*shape, *x.shape[1:]), x.dtype) for n, x in batch.items()}
         aux = tf.Calibration(rows, run.task.loss)
     made = make(run, mesh, aux)
     return made, checkpoint.abstract_like(made.abstract, made.shardings), batch
+
+
+def calibration_shape(run: Run, count: int) -> tuple[int, int]:
+    """(batches, rows of each) of the rows in `count` batches of the run, cut as gradients are accumulated, so that a gradient needs no more memory."""
+    return count * run.batch.accumulate, run.batch.size // run.batch.accumulate
 
 
 def abstract_batch(run: Run, mesh: Any) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from llm_jax.errors import ConfigError, DataError
 from llm_jax.models import transformer
 from llm_jax.storage import Path, as_path
 from llm_jax.transforms import Transform
+from llm_jax.transforms.distil import Names, check_rows, check_tokens
 
 
 def cache(run: Run, teacher: str, folder: str | Path, k: int = 32, temperature: float = 1.0) -> Header:
@@ -31,7 +32,8 @@ def cache(run: Run, teacher: str, folder: str | Path, k: int = 32, temperature: 
         temperature: T.
 
     Raises:
-        ConfigError: k or T out of range, a teacher without a head over the vocabulary, several processes.
+        ConfigError: k or T out of range, a teacher without a head over the vocabulary, of another vocabulary's size than the student, or that
+            cannot read the rows; several processes.
         DataError: a teacher with another tokenizer, a folder that holds a cache or cannot be written.
     """
     if jax.process_count() > 1:
@@ -46,9 +48,11 @@ def cache(run: Run, teacher: str, folder: str | Path, k: int = 32, temperature: 
     if not 0 < k <= sizes.vocab_size:
         raise ConfigError(f"cache: k is {k}: it must lie between 1 and the teacher's {sizes.vocab_size} tokens")
     made = parts.build(dataclasses.replace(run, transforms=tuple(Transform(config=x.config) for x in run.transforms)))
+    names = Names("cache", "teacher", "student")
     try:
+        check_tokens(names, sizes.vocab_size, made.model.vocab_size)
         known = model.read_tokenizer(teacher)
-        if known is not None and known.fingerprint != made.tokenizer.fingerprint:
+        if known is not None and not known.same_tokens(made.tokenizer):
             raise DataError(f"the teacher {teacher} has another tokenizer than the run: its tokens mean something else")
         loaded = model.load(teacher, made.mesh)
 
@@ -59,10 +63,12 @@ def cache(run: Run, teacher: str, folder: str | Path, k: int = 32, temperature: 
         def batches() -> Iterator[tuple[Any, np.ndarray, np.ndarray]]:
             for _ in range(made.run.steps):
                 rows = next(made.train).batch
+                check_rows(names, sizes, rows)
                 ids, log_p = jax.device_get(say(loaded.params, sharding.put(rows, made.mesh)))
                 yield rows, ids, log_p
 
-        header = Header(content_hash(loaded.params), data_fingerprint(made.train.fingerprint()), k, temperature)
+        data = data_fingerprint(made.train.fingerprint())
+        header = Header(content_hash(loaded.params), data, k, temperature, vocab_size=sizes.vocab_size)
         with jax.set_mesh(made.mesh):
             return write_cache(as_path(folder), header, batches())
     except OSError as e:

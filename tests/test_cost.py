@@ -21,8 +21,8 @@ def test_a_smaller_model_costs_less():
         assert one.spread[0] <= one.seconds <= one.spread[1]
     assert found.speedup > 1.2 and not found.same_shapes
     table = str(found).splitlines()
-    assert [len(line) for line in table[:5]] == [62] * 5 and "4 rows of 32 tokens" in table[5]
-    assert table[3].split()[-1] == f"{found.after.flops / found.before.flops:.3f}"
+    assert [len(line) for line in table[:4]] == [62] * 4 and "4 rows of 32 tokens" in table[4]
+    assert table[2].split()[-1] == f"{found.after.flops / found.before.flops:.3f}"
     assert "no speed-up" not in str(found)
 
 
@@ -48,7 +48,11 @@ def test_what_a_run_says_of_it(monkeypatch):
     before = FAMILIES["bert"]
     after = before.replace(mlp_dim=8)
     said = cost.told(before, after, (2, 8), {}, measure=True).splitlines()
-    assert [line.split(",")[0].strip() for line in said[1:5]] == ["parameters", "of them 0", "forward", "forward"]
+    assert [line.split(",")[0].strip() for line in said[1:4]] == ["parameters", "forward", "forward"]
+    assert "no speed-up" not in "".join(said), "weights of no meaning are drawn: nothing is said of their zeros"
+    pruned = {"encoder/layers/mlp/up"}
+    for measure in (True, False):
+        assert "pruned: 1 stacks of matrices" in cost.told(before, after, (2, 8), pruned, measure).splitlines()[-1]
     assert "measured" not in cost.told(before, after, (2, 8), {}, measure=False)
     monkeypatch.setattr(cost, "MEASURED", 10)
     assert [line.split()[-1] for line in cost.told(before, after, (2, 8), {}, True).splitlines()[1:3]] == [

@@ -10,12 +10,12 @@ import jax
 import numpy as np
 import pytest
 
-from llm_jax import checkpoint, loop, model
+from llm_jax import checkpoint, loop, model, parts
 from llm_jax.config import Batch, Checkpoint, Data, Eval, Optimizer, Run
 from llm_jax.errors import CheckpointError, ConfigError
 from llm_jax.models.config import ModelConfig
 from llm_jax.tasks import NextToken
-from llm_jax.transforms import densify, grow_depth, lengthen, prune, shrink, unfreeze
+from llm_jax.transforms import densify, grow_depth, lengthen, lora, prune, shrink, unfreeze
 
 UP = "decoder/layers/mlp/up"
 
@@ -162,3 +162,43 @@ def test_a_longer_table_of_positions_reads_longer_rows(corpus, tmp_path):
     )
     loop.train(longer)
     assert model.load(longer.folder).config.max_length == 32
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        dict(transforms=(lora(2), prune(0.5, schedule=(0, 4, 1)))),
+        dict(optimizer=Optimizer(freeze=(".*/layers/.*",)), transforms=(prune(0.5, schedule=(0, 4, 1)),)),
+    ],
+    ids=["lora", "freeze"],
+)
+def test_what_is_frozen_is_not_pruned_by_an_update(corpus, tmp_path, changes):
+    with pytest.raises(
+        ConfigError, match=r"schedule=\(0, 4, 1\)\) removes weights with the updates, and decoder/.* is frozen"
+    ):
+        loop.train(run_of(corpus, tmp_path / "run", **changes))
+
+
+def test_frozen_weights_are_pruned_at_once(corpus, tmp_path):
+    run = run_of(corpus, tmp_path / "run", transforms=(lora(2), prune(0.5)))
+    assert zeros(trained(run)).mean() == 0.5
+
+
+def test_patience_waits_for_the_end_of_a_schedule(corpus, tmp_path):
+    """No half pruned model is the best one."""
+    patient = dict(checkpoint=Checkpoint(every=3, best="loss"), eval=Eval(every=1, batches=1, patience=1))
+    run = run_of(corpus, tmp_path / "run", transforms=(prune(0.95, schedule=(0, 10, 1)),), steps=14, **patient)
+    assert zeros(trained(run)).mean() == pytest.approx(0.95, abs=1e-3)
+    assert checkpoint.read_card(run.folder)["best"]["step"] >= 10
+
+
+def test_calibration_looks_at_slices_as_gradients_are_accumulated(corpus, tmp_path):
+    seen = []
+    for slices in (1, 4):
+        run = run_of(corpus, tmp_path / f"{slices}", batch=Batch(size=8, length=16, accumulate=slices))
+        made = parts.build(run)
+        found = parts.calibration(made.run, made.tokenizer, 2).batches["tokens"]
+        made.close()
+        assert found.shape == (2 * slices, 8 // slices, 16)
+        seen.append(found.reshape(16, 16))
+    np.testing.assert_array_equal(*seen)

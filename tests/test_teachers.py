@@ -98,6 +98,23 @@ def test_what_is_refused(corpus, teacher, whole, tmp_path):
     other = dataclasses.replace(run, data=dataclasses.replace(run.data, tokenizer="bpe:400"))
     with pytest.raises(DataError, match="has another tokenizer than the run"):
         teachers.cache(other, str(teacher), tmp_path / "cache")
+    narrow = dataclasses.replace(run, model=run.model.replace(vocab_size=576))
+    with pytest.raises(
+        ConfigError, match="cache: the teacher has 512 tokens, the student 576: both must have the same"
+    ):
+        teachers.cache(narrow, str(teacher), tmp_path / "cache")
+    with pytest.raises(
+        ConfigError, match="cached: the teacher has 512 tokens, the student 576: both must have the same"
+    ):
+        loop.train(dataclasses.replace(narrow, transforms=(cached(str(whole)),)))
+    short = WIDE.replace(positions="learned", max_length=8)
+    model.save(model.Model(short, transformer.init(short, jax.random.key(0))), tmp_path / "short")
+    with pytest.raises(ConfigError, match="cache: the teacher's table has 8 positions, a row 16 tokens"):
+        teachers.cache(run, str(tmp_path / "short"), tmp_path / "cache")
+    both = WIDE.replace(architecture="encoder-decoder")
+    model.save(model.Model(both, transformer.init(both, jax.random.key(0))), tmp_path / "both")
+    with pytest.raises(ConfigError, match="cache: the teacher is encoder-decoder and reads encoder_tokens"):
+        teachers.cache(run, str(tmp_path / "both"), tmp_path / "cache")
     assert not (tmp_path / "cache").exists()
     (tmp_path / "file").touch()
     with pytest.raises(DataError, match="file: File exists: the cache is not complete"):

@@ -197,7 +197,8 @@ class Eval:
     batches: int = 0
     """batches of each but the last evaluation; 0 for all"""
     patience: int = 0
-    """evaluations in a row without a better checkpoint.best after which the run ends; 0 for none"""
+    """evaluations in a row without a better checkpoint.best after which the run ends; 0 for none. Those before a transform has come to its end, such
+    as pruning on a schedule, do not count"""
     prompts: tuple[str, ...] = ()
     """texts continued at the end of the run, by up to 64 tokens"""
     task: Any = None

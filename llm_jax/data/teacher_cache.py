@@ -36,6 +36,8 @@ class Header:
     rows: int = 0
     mass: float = 0.0
     """share of the teacher's probability that the k tokens hold, a weighted mean over the targets"""
+    vocab_size: int = 0
+    """the teacher's; 0 in a cache of before it was kept"""
 
 
 def read_header(folder: Path) -> Header:

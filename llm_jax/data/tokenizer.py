@@ -300,6 +300,25 @@ class Tokenizer:
         """sha256 of the rules, the vocabulary and the roles of the special tokens."""
         return hashlib.sha256(self.to_json().encode()).hexdigest()
 
+    def same_tokens(self, other: "Tokenizer") -> bool:
+        """Whether the two are equal but for the template that texts stand in, so that the ids of one mean the same to the other."""
+        return self._untemplated.fingerprint == other._untemplated.fingerprint
+
+    def continues_ids(self, other: "Tokenizer") -> bool:
+        """Whether each token of the other has the same id here, where more may follow; templates and rules apart.
+
+        >>> small = load_tokenizer("bpe:300", ["aa aa aa"] * 9)
+        >>> small.continues_ids(small.templated("{text}!"))
+        True
+        """
+        own, others = (each._marked.get_vocab(with_added_tokens=True) for each in (self, other))
+        return others.items() <= own.items()
+
+    @property
+    def _untemplated(self) -> "Tokenizer":
+        config = {name: x for name, x in json.loads(self.config).items() if name != _TEMPLATE}
+        return dataclasses.replace(self, config=json.dumps(config))
+
     def to_json(self) -> str:
         """All of it as one string; `from_json` gives an equal tokenizer."""
         return json.dumps(

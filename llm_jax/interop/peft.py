@@ -22,7 +22,7 @@ from llm_jax.interop.names import Place
 from llm_jax.model import Model
 from llm_jax.models.config import ModelConfig
 from llm_jax.storage import Path, as_path
-from llm_jax.transforms.lora import FACTORS, WITHOUT, trained_with_factors
+from llm_jax.transforms.lora import BESIDE, FACTORS, WITHOUT, trained_with_factors
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -36,6 +36,9 @@ REWRITTEN = ("pissa", "olora", "corda", "loftq")
 
 TASKS = {"classification": "SEQ_CLS", "span": "QUESTION_ANS", "none": "FEATURE_EXTRACTION"}
 """PEFT's word for a head; that of lm depends on the architecture, for mlm there is none"""
+
+HEADS = ("classification", "span")
+"""Heads whose weights lie in an adapter"""
 
 Tensors = dict[str, np.ndarray]
 
@@ -87,7 +90,7 @@ def save(model: Model, path: str | Path, base: str = "") -> None:
     if not modules:
         raise CheckpointError("all factors of the model are zero, so that there is no adapter to write")
     tensors = {name: x for module in modules for name, x in _write(module, leaves)}
-    head = {} if config.head not in ("classification", "span") else {p: x for p, x in places.items() if p in leaves}
+    head = {} if config.head not in HEADS else {p: x for p, x in places.items() if p in leaves}
     tensors |= {PREFIX + name: fetch() for name, _, fetch in names.arrays(model.params, head)}
     kept = {_top(name, family.prefixes[plain.head]) for place in head.values() for name in place.names}
     stated = _describe(config, modules, sorted(kept), base)
@@ -161,11 +164,11 @@ def _base(model: Model) -> tuple[Family, ModelConfig]:
 
 
 def _refuse_more(model: Model) -> None:
-    """Raise where its card tells of a trained weight that is no factor and of no head."""
-    regexes = trained_with_factors(model.card.get("transforms", []))
+    """Raise where its card tells of a trained weight that is no factor and of no head that is written."""
+    regexes, known = trained_with_factors(model.card.get("transforms", [])), model.card.get(BESIDE, ())
     for name in tree.names(model.params):
-        saved = re.fullmatch(FACTORS, name) or name.startswith("head/")
-        if not saved and any(re.fullmatch(regex, name) for regex in regexes):
+        saved = re.fullmatch(FACTORS, name) or (name.startswith("head/") and model.config.head in HEADS)
+        if not saved and (name in known or any(re.fullmatch(regex, name) for regex in regexes)):
             raise CheckpointError(
                 f"{name} was trained beside the factors and has no place in an adapter: fold the factors in with merge_lora() and export the whole model"
             )

@@ -9,13 +9,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from llm_jax import tree
+from llm_jax import divergences, tree
 from llm_jax.errors import ConfigError, choose
 from llm_jax.losses import Loss, LossFn
 from llm_jax.models.config import ModelConfig
 from llm_jax.models.transformer import Params
 from llm_jax.transforms.base import IDENTITY, Calibration, Transform
-from llm_jax.transforms.distil import distil
+from llm_jax.transforms.distil import Names, differ, say, sizes_of, weights_of
 
 KINDS = ("l2", "fisher", "kl")
 
@@ -78,22 +78,19 @@ def anchor(
 
 
 def _divergence(model: Any, strength: float) -> Callable[[LossFn], LossFn]:
-    """The term of `distil`, under names of its own, so that a run may have a teacher beside its anchor."""
-    change = distil(model, soft=strength)
+    """The divergence of `distil`, under names of its own, so that a run may have a teacher beside its anchor."""
+    names, rule = Names("anchor", "older model", "model"), divergences.named("forward_kl")
 
     def loss(inner: LossFn) -> LossFn:
-        def own(params: Params, batch: Any, key: Array | None, reference: dict[str, Any]) -> Loss:
-            found = inner(params, batch, key, reference["own"])
-            return found._replace(metrics={f"own/{name}": x for name, x in found.metrics.items()})
-
-        added = change.loss(own)
+        sizes = sizes_of(model)
 
         def anchored(params: Params, batch: Any, key: Array | None, reference: dict[str, Any]) -> Loss:
+            found = inner(params, batch, key, reference)
             if key is None:
-                return inner(params, batch, key, reference)
-            found = added(params, batch, key, {"teacher": reference["anchor"], "own": reference})
-            metrics = {name[4:]: x for name, x in found.metrics.items() if name.startswith("own/")}
-            return found._replace(metrics={**metrics, "anchor": strength * found.metrics["soft"]})
+                return found
+            said = say(names, sizes, reference["anchor"], batch, found.outputs)
+            term = strength * differ(names, rule, found.outputs, said, weights_of(found, batch))
+            return found._replace(total=found.total + term, metrics={**found.metrics, "anchor": term})
 
         return anchored
 

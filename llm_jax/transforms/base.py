@@ -10,6 +10,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, Bool
 
+from llm_jax import tree
 from llm_jax.data.tokenizer import Tokenizer
 from llm_jax.errors import ConfigError
 from llm_jax.losses import GradFn, LossFn
@@ -70,13 +71,22 @@ class Growth:
         return self.weights(config, params, key)
 
 
+def kept_moments(check: _ParamsChange) -> Growth:
+    """The growth of a change that looks at the weights and leaves them, and so the moments, as they are."""
+    return Growth(
+        lambda config, params, key: check(config, params, key, None),
+        lambda _, tree, key: tree,
+        lambda _, tree, key: tree,
+    )
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Calibration:
     """Some rows that a change of the weights may look at: which of them matter is read off what the model does with these."""
 
     batches: dict[str, Array]
-    """N batches as the task makes them: leaves (N, B, ...)"""
+    """N batches, or slices of them, as the task makes them: leaves (N, B, ...)"""
     loss: Callable[[ModelConfig], LossFn] = dataclasses.field(metadata={"static": True})
     """the task's objective for a model of these sizes"""
 
@@ -97,7 +107,7 @@ class Transform(NamedTuple):
     reference: Mapping[str, Any] = {}
     """models whose weights the loss finds in its `reference`, by name: where to load each from, or a `Model`"""
     calibration: int = 0
-    """batches of training rows that `params` wants in a `Calibration` as its aux"""
+    """batches of training rows that `params` wants in a `Calibration` as its aux, cut as the run accumulates gradients"""
     steps: int = 0
     """updates that it needs to come to its end; a shorter run is refused"""
     card: Callable[[Params], dict[str, Any]] = lambda params: {}
@@ -109,6 +119,10 @@ class Transform(NamedTuple):
     """what it adds, on the host, to the rows of a training batch of one process, given what their stream depends on (`Loader.fingerprint`)"""
     masks: tuple[str, ...] = ()
     """regexes of weights whose zeros its update keeps: they are a mask, and no other update may come after it"""
+    trained: Callable[[Params], Any] | None = None
+    """True at each weight that is trained, of those that are there; None where it hides none"""
+    resamples: bool = False
+    """whether its loss reads other rows than the batch holds, so that no other change of the loss may come after it"""
     densify: bool = False
     """whether the zeros that the card of the start names as pruned are weights like any other"""
     offload: bool = False
@@ -147,8 +161,9 @@ def chain(*transforms: Transform) -> Transform:
     reference: dict[str, Any] = {}
     for transform in transforms:
         for name, model in transform.reference.items():
-            if name in reference and reference[name] is not model and reference[name] != model:
-                raise ConfigError(f"two transforms read a model called {name!r}: {reference[name]} and {model}")
+            known = reference.get(name, model)
+            if known is not model and not (isinstance(known, str) and known == model):
+                raise ConfigError(f"two transforms read a model called {name!r}: {_named(known)} and {_named(model)}")
             reference[name] = model
     calibration = max((transform.calibration for transform in transforms), default=0)
     steps = max((transform.steps for transform in transforms), default=0)
@@ -169,6 +184,14 @@ def chain(*transforms: Transform) -> Transform:
                 raise ConfigError(f"two transforms train weights called {both[0]!r} beside the model's")
             found |= made
         return found
+
+    def trained(weights: Params) -> Any:
+        live = weights
+        for transform in reversed(transforms):
+            if transform.trained is not None:
+                live = tree.split(live, transform.trained(live))[0]
+        names = set(tree.names(live))
+        return tree.map_with_name(lambda name, _: name in names, weights)
 
     def rows(batch: Mapping[str, np.ndarray], fingerprint: Mapping[str, Any]) -> dict[str, Any]:
         for transform in transforms:
@@ -193,11 +216,18 @@ def chain(*transforms: Transform) -> Transform:
         extra,
         rows,
         masks,
+        trained=trained if any(transform.trained for transform in transforms) else None,
+        resamples=any(transform.resamples for transform in transforms),
         densify=any(transform.densify for transform in transforms),
         offload=any(transform.offload for transform in transforms),
         moments=any(transform.moments for transform in transforms),
         spelled=spelled if any(transform.spelled for transform in transforms) else None,
     )
+
+
+def _named(model: Any) -> str:
+    """A model as messages name it."""
+    return repr(model) if isinstance(model, str) else "one that is given as a value"
 
 
 def spell(transform: Transform, tokenizer: Tokenizer) -> Transform:

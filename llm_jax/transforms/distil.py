@@ -9,7 +9,7 @@ import functools
 import math
 from collections.abc import Mapping, Sequence
 from os import PathLike, fspath
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +29,17 @@ from llm_jax.transforms.base import IDENTITY, Transform
 
 EPSILON = 1e-12
 """Squared length below which a vector has no direction"""
+
+
+class Names(NamedTuple):
+    """What the messages of a term call its parts."""
+
+    change: str
+    teacher: str
+    student: str
+
+
+NAMES = Names("distil", "teacher", "student")
 
 PROJECTIONS = "projections"
 """The name of the matrices, (pairs, D_student, D_teacher), that are trained beside a student"""
@@ -91,18 +102,18 @@ def distil(
     wanted = (["hidden_states"] if cosine or hidden else []) + (["attentions"] if attention else [])
 
     def loss(inner: LossFn) -> LossFn:
-        sizes = _sizes(teacher)
+        sizes = sizes_of(teacher)
 
         def added(params: Any, batch: Any, key: Any, reference: Any) -> Loss:
             if key is None:
                 return inner(params, batch, key, reference)
             with transformer.requested(*wanted):
                 found = inner(params, batch, key, reference)
-                said = _say(sizes, reference["teacher"], batch, found.outputs)
-            own, weights = found.outputs, batch["weights"].astype(jnp.float32)
+                said = say(NAMES, sizes, reference["teacher"], batch, found.outputs)
+            own, weights = found.outputs, weights_of(found, batch)
             terms = {}
             if soft:
-                terms["soft"] = _soft(rule, own, said, weights, temperature)
+                terms["soft"] = differ(NAMES, rule, own, said, weights, temperature)
             if wanted:
                 tokens = _Tokens(batch, own, weights)
                 matrices = params[PROJECTIONS] if projected else None
@@ -112,7 +123,7 @@ def distil(
         return added
 
     def extra(config: ModelConfig, key: Array) -> Params:
-        sizes = _sizes(teacher)
+        sizes = sizes_of(teacher)
         count = len(pairs) or (config.decoder_depth or config.layers)
         shape = (count, config.dim, sizes.dim)
         if config.dim == sizes.dim:
@@ -149,7 +160,8 @@ def cached(
     _check("cached", {"task": task, "soft": soft}, 1.0, beta)
 
     def loss(inner: LossFn) -> LossFn:
-        temperature = read_header(as_path(path)).temperature
+        header = read_header(as_path(path))
+        temperature = header.temperature
 
         def added(params: Any, batch: Any, key: Any, reference: Any) -> Loss:
             found = inner(params, batch, key, reference)
@@ -159,8 +171,10 @@ def cached(
                 raise ConfigError(f"cached: the rows of this run bring nothing of the teacher's cache {path}")
             if found.outputs.kernel is None:
                 raise ConfigError("cached: the student has no head over the vocabulary")
+            size = found.outputs.kernel.shape[0]
+            check_tokens(NAMES._replace(change="cached"), header.vocab_size or size, size)
             ids, log_p = batch["teacher_ids"], batch["teacher_log_p"]
-            weights = batch["weights"].astype(jnp.float32)
+            weights = weights_of(found, batch)
             term = divergences.over_top_k(rule, found.outputs, ids, log_p, weights, temperature)
             return _add(found, task, {"soft": soft}, {"soft": term})
 
@@ -200,7 +214,7 @@ def _label(name: str, function: Any, given: dict[str, Any]) -> str:
     return f"{name}({', '.join(told)})"
 
 
-def _sizes(teacher: Any) -> ModelConfig:
+def sizes_of(teacher: Any) -> ModelConfig:
     """The sizes of a teacher, which keeps nothing for a backward pass and drops nothing out."""
     from llm_jax import model  # it imports the transforms
 
@@ -208,25 +222,55 @@ def _sizes(teacher: Any) -> ModelConfig:
     return sizes.replace(dropout=0.0, remat="none")
 
 
-def _say(sizes: ModelConfig, weights: Any, batch: Any, student: Outputs) -> Outputs:
-    """What the teacher makes of a batch.
+def weights_of(found: Loss, batch: Any) -> Array:
+    """Of each target, as the loss took them: a task may weigh classes in training."""
+    return (batch["weights"] if found.weights is None else found.weights).astype(jnp.float32)
+
+
+def check_rows(names: Names, sizes: ModelConfig, batch: Any) -> None:
+    """Raise where the teacher cannot read a batch.
 
     Raises:
-        ConfigError: it reads other rows than the student.
+        ConfigError: it reads other rows, or has no place for as many tokens.
     """
     needed = "images" if sizes.patch_size else "encoder_tokens" if sizes.architecture == "encoder-decoder" else "tokens"
     if needed not in batch:
-        raise ConfigError(f"distil: the teacher is {sizes.architecture} and reads {needed}, which the task's rows lack")
+        raise ConfigError(
+            f"{names.change}: the {names.teacher} is {sizes.architecture} and reads {needed}, which the task's rows lack"
+        )
     if sizes.positions == "learned" and not sizes.patch_size and batch[needed].shape[1] > sizes.max_length:
         raise ConfigError(
-            f"distil: the teacher's table has {sizes.max_length} positions, a row {batch[needed].shape[1]} tokens: set batch.length"
+            f"{names.change}: the {names.teacher}'s table has {sizes.max_length} positions, a row {batch[needed].shape[1]} tokens: "
+            "set batch.length"
         )
+
+
+def say(names: Names, sizes: ModelConfig, weights: Any, batch: Any, student: Outputs) -> Outputs:
+    """What the teacher makes of a batch.
+
+    Raises:
+        ConfigError: it cannot read it.
+    """
+    check_rows(names, sizes, batch)
     logits = student.kernel is None
     return jax.lax.stop_gradient(transformer.apply(sizes, jax.lax.stop_gradient(weights), batch, logits=logits))
 
 
-def _soft(
-    rule: divergences.Divergence, student: Outputs, teacher: Outputs, weights: Array, temperature: float
+def check_tokens(names: Names, teacher: int, student: int) -> None:
+    """Raise ConfigError where two vocabularies differ in size."""
+    if teacher != student:
+        raise ConfigError(
+            f"{names.change}: the {names.teacher} has {teacher} tokens, the {names.student} {student}: both must have the same"
+        )
+
+
+def differ(
+    names: Names,
+    rule: divergences.Divergence,
+    student: Outputs,
+    teacher: Outputs,
+    weights: Array,
+    temperature: float = 1.0,
 ) -> Float[Array, ""]:
     """The divergence of what the heads say.
 
@@ -234,24 +278,26 @@ def _soft(
         ConfigError: they say it of different things.
     """
     if (student.kernel is None) != (teacher.kernel is None):
-        raise ConfigError("distil: one of teacher and student has a head over the vocabulary, the other has not")
+        raise ConfigError(
+            f"{names.change}: one of {names.teacher} and {names.student} has a head over the vocabulary, the other has not"
+        )
     if student.kernel is not None and teacher.kernel is not None:
-        own, others = student.kernel.shape[0], teacher.kernel.shape[0]
-        if own != others:
-            raise ConfigError(f"distil: the teacher has {others} tokens, the student {own}: both must have the same")
+        check_tokens(names, teacher.kernel.shape[0], student.kernel.shape[0])
         return divergences.over_vocabulary(rule, student, teacher, weights, temperature)
     a, b = student.logits, teacher.logits
     if a is None or b is None or a.shape[:-1] != weights.shape:
-        raise ConfigError("distil: soft needs a head over the vocabulary or over classes")
+        raise ConfigError(f"{names.change}: what models say is compared by a head over the vocabulary or over classes")
     if a.shape != b.shape:
-        raise ConfigError(f"distil: the teacher has {b.shape[-1]} classes, the student {a.shape[-1]}")
+        raise ConfigError(
+            f"{names.change}: the {names.teacher} has {b.shape[-1]} classes, the {names.student} {a.shape[-1]}"
+        )
     return divergences.over_classes(rule, a, b, weights, temperature)
 
 
 def _add(found: Loss, task: float, factors: dict[str, float], terms: dict[str, Array]) -> Loss:
     """A loss with further terms."""
     total = task * found.total + sum(factors[name] * term for name, term in terms.items())
-    return Loss(total, found.weight, {**found.metrics, **terms}, found.outputs)
+    return found._replace(total=total, metrics={**found.metrics, **terms})
 
 
 class _Tokens:

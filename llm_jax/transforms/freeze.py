@@ -52,4 +52,4 @@ def train_only(chosen: Callable[[Any], Any]) -> Transform:
 
         return optax.GradientTransformationExtraArgs(lambda params: inner.init(live(params)), step)
 
-    return Transform(grad=grad, update=update, label="train_only")
+    return Transform(grad=grad, update=update, label="train_only", trained=chosen)

@@ -4,7 +4,7 @@ import ast
 import dataclasses
 import re
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +21,9 @@ from llm_jax.transforms.freeze import train_only
 
 FACTORS = r".*/layers/.*_lora_[ab]"
 """The paths of the factors"""
+
+BESIDE = "trained_beside_factors"
+"""The entry of a card with the paths of what was trained beside the factors"""
 
 WITHOUT = {field.name: field.default for field in dataclasses.fields(ModelConfig) if field.name.startswith("lora_")}
 """What the config of a model without factors says of them"""
@@ -48,7 +51,7 @@ def lora(
         dropout: rate, in training, on the x of x A alone; x W reads all of it, as in the authors' code.
         also: regexes of other parameters, by their whole path, that are trained with the factors, such as `head/.*`.
         layers: numbers of the layers that are adapted, from 0 below, by default all. In others A is zero as B is, which no gradient moves;
-            they take memory like the rest, since layers are stacked.
+            they take memory like the rest, since layers are stacked. Of a model that has its factors already those stay adapted that were.
 
     Raises:
         ConfigError: a value that is not allowed, a target that matches no weight, a layer that is not there, a model with other factors.
@@ -108,7 +111,8 @@ def merge_lora(*, keep_zeros: bool = True) -> Transform:
     """W + alpha/rank A B in place of W, A and B: the same function without factors (Hu et al. 2021, section 4.1). A model without any stays as it is.
 
     Args:
-        keep_zeros: a weight of the base that is zero, as pruning leaves it, stays zero; the function of a pruned model then changes.
+        keep_zeros: a weight of the base that is zero, as pruning leaves it, stays zero; the function of such a model then changes. Of a base that
+            is not pruned and has zeros nevertheless, take False.
     """
 
     def config(sizes: ModelConfig) -> ModelConfig:
@@ -133,16 +137,45 @@ def merge_lora(*, keep_zeros: bool = True) -> Transform:
 def trained_with_factors(labels: Sequence[str]) -> tuple[str, ...]:
     """The regexes of what the `lora` among the labels of a card trained beside the factors; what came before `merge_lora` is of the base.
 
-    >>> trained_with_factors(["dropout(0.1)", "lora(8, alpha=16.0, also=('head/.*', '.*bias'))"])
+    >>> trained_with_factors(["dropout(0.1), lora(8, alpha=16.0, also=('head/.*', '.*bias'))"])
     ('head/.*', '.*bias')
     >>> trained_with_factors(["lora(8, alpha=16.0, also=('.*bias',))", "merge_lora()", "lora(4, alpha=16.0)"])
     ()
     """
-    merged = [i for i, label in enumerate(labels) if label.startswith("merge_lora(")]
-    labels = labels[merged[-1] :] if merged else labels
-    calls = [ast.parse(label, mode="eval").body for label in labels if label.startswith("lora(")]
-    keywords = [word for call in calls if isinstance(call, ast.Call) for word in call.keywords if word.arg == "also"]
-    return tuple(regex for word in keywords for regex in ast.literal_eval(word.value))
+    found: tuple[str, ...] = ()
+    for name, also in _calls(labels):
+        found = () if name == "merge_lora" else (*found, *also)
+    return found
+
+
+def beside_factors(labels: Sequence[str], before: Sequence[str], trained: Sequence[str]) -> list[str]:
+    """The paths of what has been trained beside the factors of a model since its base is what it is: a card's entry `BESIDE`.
+
+    Args:
+        labels: of a change, or of the changes of a run.
+        before: the entry of the model that is changed, which a `merge_lora` among them makes one of the base.
+        trained: the paths that the run trains.
+
+    >>> beside_factors(["lora(4, alpha=16.0)"], ["embed/tokens"], ["decoder/layers/mlp/up_lora_a", "head/bias"])
+    ['embed/tokens', 'head/bias']
+    """
+    kept = () if any(name == "merge_lora" for name, _ in _calls(labels)) else before
+    return sorted({*kept, *(name for name in trained if not re.fullmatch(FACTORS, name))})
+
+
+def _calls(labels: Sequence[str]) -> list[tuple[str, tuple[str, ...]]]:
+    """(lora or merge_lora, its `also`) in turn, from labels of single changes and of chains; one that is no code, since it names a value, has none."""
+    found = []
+    for label in labels:
+        try:
+            calls = cast(ast.List, ast.parse(f"[{label}]", mode="eval").body).elts
+        except SyntaxError:
+            continue
+        for call in calls:
+            if isinstance(call, ast.Call) and ast.unparse(call.func) in ("lora", "merge_lora"):
+                also = [ast.literal_eval(word.value) for word in call.keywords if word.arg == "also"]
+                found.append((ast.unparse(call.func), tuple(regex for each in also for regex in each)))
+    return found
 
 
 def product(a: Array, b: Array) -> Array:

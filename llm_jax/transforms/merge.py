@@ -48,7 +48,7 @@ def ties(x: Stack, scale: float, keep: float) -> Array:
     """
     change = x[1:] - x[0]
     flat = jnp.abs(change.reshape(change.shape[0], -1))
-    count = max(1, round(keep * flat.shape[1]))
+    count = max(1, round(keep * flat.shape[1]))  # of a small tensor too something is kept
     least = jax.lax.top_k(flat, count)[0][:, -1].reshape(-1, *(1,) * (change.ndim - 1))
     change = jnp.where(jnp.abs(change) >= least, change, 0)
     agree = (change != 0) & (jnp.sign(change) == jnp.sign(jnp.sum(change, axis=0)))
@@ -76,7 +76,7 @@ def merge(
         decay: of the moving average.
         t: place between two models, from 0 to 1.
         scale: factor of what is added to the first model.
-        keep: share of each change that ties keeps.
+        keep: share of each change that ties keeps, above 0.
 
     Raises:
         ConfigError: no such method, or arguments that do not go with it.
@@ -84,9 +84,13 @@ def merge(
     choose("method", method, METHODS)
     if any(w < 0 for w in weights) or (weights and not sum(weights) > 0):
         raise ConfigError(f"merge: weights are {tuple(weights)}: they must not be negative, and one must be above 0")
+    if weights and method != "mean":
+        raise ConfigError(f"merge: weights are of the mean: they do not go with {method}")
     for name, value in (("decay", decay), ("t", t), ("keep", keep)):
         if not 0 <= value <= 1:
             raise ConfigError(f"merge: {name} is {value}: it must lie in [0, 1]")
+    if not keep:
+        raise ConfigError("merge: keep is 0: ties would change nothing")
 
     def shares(count: int) -> Float[Array, " N"]:
         if method == "moving_average":

@@ -33,6 +33,8 @@ KINDS = {
 }
 """What a tree in an optimizer's state holds, by its name in optax; any other is reset"""
 
+AROUND = "around/"
+
 
 def carry_moments() -> Transform:
     """The optimizer of a run goes on from its state in the run that its model comes from, grown as the model is: see `carry`.
@@ -71,7 +73,7 @@ def carry(
     whole = chain(*changes)
     shapes, after = transformer.shapes(config), transformer.shapes(whole.config(config))
     before, now = _by_name(shapes), _by_name(after)
-    held = _by_name(old_opt_state)
+    held = {name: x for name, x in _plain(old_opt_state).items() if not name.startswith(AROUND)}
 
     def place(name: str) -> tuple[str, str]:
         """The path of the tree that a leaf is in, and the parameter it belongs to; of a counter its state and nothing."""
@@ -86,7 +88,7 @@ def carry(
             trees.setdefault(root, {})[param] = x
     grown = _grow(whole.params, config, shapes, trees, key)
 
-    fresh: dict[str, Any] = _by_name(new_opt_state)
+    fresh = _plain(new_opt_state)
     made: dict[str, Any] = {}
     for name, new in fresh.items():
         root, param = place(name)
@@ -106,7 +108,8 @@ def carry(
             continue
         if name in held and _same(held[name], new):
             made[name] = held[name]
-    state = tree.map_with_name(lambda name, new: _put(made[name], new) if name in made else new, new_opt_state)
+    leaves = [_put(made[name], new) if name in made else new for name, new in fresh.items()]
+    state = jax.tree.unflatten(jax.tree.structure(new_opt_state), leaves)
     return state, _report(fresh, made, place)
 
 
@@ -127,6 +130,17 @@ def _grow(
         lambda trees, key: {root: one(root, own, key) for root, own in trees.items()}, compiler_options=quick
     )
     return every(trees, key)
+
+
+def _plain(state: Any) -> dict[str, Any]:
+    """The leaves of an optimizer's state by their paths without the states around it that changes of the update keep (`inner`), so that one with such
+    a change is found in one without; what those keep themselves bears a name that begins with `AROUND`, but for the average of the weights."""
+    found = tree.names(state)
+    while any(name.startswith("inner/") for name in found):
+        found = [
+            name.removeprefix("inner/") if name.startswith(("inner/", "average/")) else AROUND + name for name in found
+        ]
+    return dict(zip(found, jax.tree.leaves(state), strict=True))
 
 
 def _by_name(leaves: Any) -> dict[str, Any]:

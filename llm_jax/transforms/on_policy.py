@@ -23,7 +23,7 @@ def on_policy(share: float = 0.5, *, prompt: int, temperature: float = 1.0, end:
 
     After `distil(teacher, task=0.0, divergence="reverse_kl")` in a chain it is on-policy distillation: the student samples, the teacher scores
     (GKD; Agarwal et al. 2023, algorithm 1). The text is sampled with the step's key, without dropout, and no gradient goes through it; of evaluation
-    nothing changes. It must come after what it is to act on: transforms of the loss that follow it read the data's rows.
+    nothing changes. It must come after all other transforms of the loss, which would read the data's rows: a run refuses another order.
 
     Args:
         share: of the steps whose rows are sampled (lambda of GKD); 0 for the identity.
@@ -64,7 +64,7 @@ def on_policy(share: float = 0.5, *, prompt: int, temperature: float = 1.0, end:
     told = "".join(
         f", {name}={x!r}" for name, x, usual in (("temperature", temperature, 1.0), ("end", end, -1)) if x != usual
     )
-    return Transform(loss=loss, label=f"on_policy({share}, prompt={prompt}{told})")
+    return Transform(loss=loss, label=f"on_policy({share}, prompt={prompt}{told})", resamples=True)
 
 
 def _rows(config: ModelConfig, batch: Mapping[str, Array], prompt: int) -> dict[str, Array]:

@@ -21,7 +21,7 @@ from llm_jax.models import transformer
 from llm_jax.models.config import ModelConfig
 from llm_jax.models.transformer import Params
 from llm_jax.transforms import scores
-from llm_jax.transforms.base import IDENTITY, Calibration, Transform, removed
+from llm_jax.transforms.base import IDENTITY, Calibration, Transform, kept_moments, removed
 from llm_jax.transforms.scores import Rule, limits, matrix, parse_pattern, select, within
 
 TARGETS = (r".*/layers/(attention|cross)/(query|key|value|out)", r".*/layers/mlp/(up|gate|down)")
@@ -73,14 +73,16 @@ def prune(
             that time; the sparsity is reached with update `end`. Updates that were skipped do not count.
         straight_through: with a schedule: until `end` what is removed goes on being trained, by the gradient at zero, beside the params, and may
             come back (straight-through estimator; Bengio et al. 2013). Movement pruning is meant to be used so.
-        batches: calibration rows that taylor, fisher, wanda and sparsegpt look at, in batches of the run; none on a schedule.
+        batches: calibration rows that taylor, fisher, wanda and sparsegpt look at, in batches of the run; none on a schedule. Where the run
+            accumulates gradients fisher squares those of slices.
         sequential: wanda and sparsegpt look at each layer after those below it are pruned, as published: all the rows pass through the
             layers together, twice; else at all layers of the dense model, batch by batch.
 
     Raises:
         ConfigError: a value that is not allowed, or arguments that do not go together; at the start of a run an optimizer that does not.
     """
-    rule = Rule(sparsity, score, scope, parse_pattern(pattern), tuple(targets))
+    targets = (targets,) if isinstance(targets, str) else tuple(targets)
+    rule = Rule(sparsity, score, scope, parse_pattern(pattern), targets)
     _check(rule, pattern, schedule, straight_through, batches)
     if not sparsity:
         return IDENTITY
@@ -114,7 +116,7 @@ def prune(
         )
 
     return Transform(
-        params=params,
+        params=kept_moments(params) if schedule else params,
         update=_gradual(rule, schedule, straight_through) if schedule else _hold(rule.targets),
         label=f"prune({label})",
         calibration=batches if score in FROM_DATA and not schedule else 0,
@@ -146,10 +148,10 @@ def _check(rule: Rule, pattern: str, schedule: Any, straight_through: bool, batc
             what = "score 'movement'" if rule.score == "movement" else "straight_through"
             raise ConfigError(f"prune: {what} needs a schedule=(begin, end, every)")
         return
-    begin, end, every = schedule if len(schedule) == 3 else (0, 0, 0)
+    begin, end, every = schedule if isinstance(schedule, Sequence) and len(schedule) == 3 else (0, 0, 0)
     if not 0 <= begin < end or every < 1 or (end - begin) % every:
         raise ConfigError(
-            f"prune: schedule is {tuple(schedule)}: (begin, end, every) must have 0 <= begin < end, and `every` must divide end - begin"
+            f"prune: schedule is {schedule}: (begin, end, every) must have 0 <= begin < end, and `every` must divide end - begin"
         )
     if rule.score not in scores.GRADUAL:
         raise ConfigError(f"prune: score {rule.score!r} does not go with a schedule: take {', '.join(scores.GRADUAL)}")
@@ -173,6 +175,10 @@ def _chosen(rule: Rule, params: Params) -> list[str]:
     mask = _named(tree.mask(params, rule.targets, "prune: target"))
     chosen = [name for name, chosen in mask.items() if chosen]
     pattern, weights = rule.pattern, _named(params)
+    if rule.scope == "global" and (count := sum(weights[name].size for name in chosen)) >= 2**32:
+        raise ConfigError(
+            f"prune: scope 'global' compares fewer than 2^32 weights, and the targets have {count}: take scope='layer'"
+        )
     for name in chosen:
         if not _matches(name, TARGETS):
             raise ConfigError(f"prune: {name} is not the matrix of a product in the layers")
@@ -358,6 +364,7 @@ def keep_zeros(names: Sequence[str]) -> Transform:
     Raises:
         ConfigError: a regex that matches no parameter.
     """
+    names = (names,) if isinstance(names, str) else tuple(names)
     if not names:
         return IDENTITY
 
@@ -366,11 +373,11 @@ def keep_zeros(names: Sequence[str]) -> Transform:
         return params
 
     return Transform(
-        params=params,
-        update=_hold(tuple(names)),
+        params=kept_moments(params),
+        update=_hold(names),
         label=f"keep_zeros({list(names)})",
         card=lambda params: pruned_card(params, names),
-        masks=tuple(names),
+        masks=names,
     )
 
 

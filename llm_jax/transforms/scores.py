@@ -183,7 +183,7 @@ def sparsegpt(
 
     wide = jnp.pad(w.astype(jnp.float32), ((0, total - inputs), (0, 0)))
     wide, kept = jax.lax.fori_loop(0, count, one_block, (wide, jnp.ones(wide.shape, bool)))
-    return jnp.where(kept, marked(wide, False), 0)[:inputs].astype(w.dtype)
+    return jnp.where(kept, marked(wide, jnp.zeros((), bool)), 0)[:inputs].astype(w.dtype)
 
 
 def _inverse_factor(hessian: Float[Array, "I I"], damping: float, total: int) -> Float[Array, "T T"]:

@@ -166,10 +166,18 @@ class _Asked:
         if wanted is None or (type(wanted) is float and wanted == 1):
             return size
         if type(wanted) is float:
-            return min(size, max(1, round(wanted * size / multiple)) * multiple)
+            return self.fewer(what, min(size, max(1, round(wanted * size / multiple)) * multiple), size)
         if wanted > size:
             raise ConfigError(f"{self.name}: {what} is {wanted}, but the model has {size}: shrinking adds none")
         return int(wanted)
+
+    def fewer(self, what: str, count: int, size: int) -> int:
+        """The number, which a share below 1 came to. Raises ConfigError where that is all there are."""
+        if count == size:
+            raise ConfigError(
+                f"{self.name}: {what} is {getattr(self, what)}, which keeps all {size}: give a smaller share"
+            )
+        return count
 
     def depth(self, side: str, config: ModelConfig) -> int:
         """How many layers of a side stay."""
@@ -190,6 +198,8 @@ class _Asked:
         if isinstance(self.heads, float):
             wanted = self.heads * h
             n = min(allowed, key=lambda n: abs(n - wanted))
+            if self.heads < 1:
+                self.fewer("heads", n, h)
         else:
             n = self.number("heads", self.heads, h)
         if n not in allowed:

@@ -13,6 +13,7 @@ from llm_jax.errors import CheckpointError
 from llm_jax.interop import huggingface, peft, tensor_files
 from llm_jax.model import Model, apply, load, save, transform
 from llm_jax.models import transformer
+from llm_jax.transforms import chain, dropout
 from llm_jax.transforms.lora import lora, merge_lora
 
 FAMILIES = ("bert", "roberta", "distilbert", "gpt2", "llama", "t5", "marian")
@@ -326,3 +327,29 @@ def test_peft_agrees(made, tmp_path, family, options):
     theirs.save_pretrained(tmp_path / "again")
     again = peft.load(tmp_path / "again", base)
     np.testing.assert_allclose(apply(again, batch).logits, expected, atol=1e-4 * scale)
+
+
+def test_a_head_that_is_not_written_may_not_be_trained(made, tmp_path):
+    base = made("llama", tie_embeddings=False)
+    model = transform(base, lora(2, also=("head/.*",)), jax.random.key(0))
+    with pytest.raises(CheckpointError, match="head/kernel was trained beside the factors and has no place"):
+        peft.save(model, tmp_path / "adapter")
+
+
+def test_what_runs_before_trained_beside_the_factors_counts(made, tmp_path):
+    """A chain's label is read too; what `merge_lora` folded in is of the base."""
+    base = made("llama")
+    model = transform(base, chain(dropout(0.1), lora(2, also=("embed/.*",))), jax.random.key(0))
+    with pytest.raises(CheckpointError, match="embed/tokens was trained beside the factors"):
+        peft.save(model, tmp_path / "adapter")
+    told = {
+        **model.card,
+        "transforms": ["lora(2)"],
+        "trained_beside_factors": ["embed/tokens"],
+    }  # as a run's card has it
+    again = transform(Model(model.config, model.params, model.tokenizer, told), dropout(0.0), jax.random.key(0))
+    with pytest.raises(CheckpointError, match="embed/tokens was trained beside the factors"):
+        peft.save(again, tmp_path / "adapter")
+    fresh = transform(again, chain(merge_lora(), lora(2)), jax.random.key(0))
+    assert fresh.card["trained_beside_factors"] == []
+    assert "trained_beside_factors" not in merged(again).card

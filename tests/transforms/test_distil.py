@@ -391,7 +391,8 @@ def test_classes_and_their_weights_in_the_task():
     )
     inner, got = run(False), run(True)
     out = [np.float64(transformer.apply(tiny.config, p, batch).logits) for p in (tiny.params, second.params)]
-    soft = (batch["weights"] * formula("reverse_kl", *out, 2.0)).sum()
+    weights = batch["weights"] * np.array([1, 2, 3])[batch["targets"]]
+    soft = (weights * formula("reverse_kl", *out, 2.0)).sum()
     np.testing.assert_allclose(got.total, 2 * inner.total + 0.5 * soft, rtol=1e-4)
     assert float(got.weight) == float(inner.weight) == 1 + 2 + 3 + 1 + 2
 
@@ -565,3 +566,24 @@ def test_a_cache_of_something_else(cache, problem, tmp_path):
     (folder / "00001.npz").unlink()
     with pytest.raises(DataError, match="holds 5 of its 8 rows"):
         TeacherCache(folder)
+
+
+@pytest.mark.parametrize("terms", [dict(), dict(cosine=1.0, hidden=1.0)], ids=["soft", "states"])
+def test_a_term_is_a_mean_over_what_the_task_weighs(terms):
+    """Classes that all weigh ten times as much change nothing; one that does draws each term to its rows as it draws the task's loss."""
+    sizes = FAMILIES["bert"].replace(head="classification", labels=2, pooler="none", dropout=0.0)
+    params, batch = random_params(sizes), batch_of(sizes)
+    teacher = model.Model(sizes, jax.tree.map(lambda x: x * 0.8, params))
+    rows = batch["tokens"].shape[0]
+    batch |= {"targets": np.arange(rows) % 2, "weights": np.ones(rows, np.float32)}
+
+    def means(weights, batch):
+        task = Classification(labels=("a", "b"), class_weights=weights)
+        loss = distil(teacher, **terms).loss(task.loss(sizes))
+        found = jit(lambda p: loss(p, batch, jax.random.key(0), {"teacher": teacher.params}))(params)
+        return {name: float(x / found.weight) for name, x in {**found.metrics, "total": found.total}.items()}
+
+    plain, tenfold = means((1.0, 1.0), batch), means((10.0, 10.0), batch)
+    assert plain == pytest.approx(tenfold, rel=1e-5) and plain["soft"] > 1e-3
+    first = {name: x[::2] for name, x in batch.items()}
+    assert means((1e6, 1.0), batch) == pytest.approx(means((1.0, 1.0), first), rel=1e-3)

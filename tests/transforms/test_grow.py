@@ -22,7 +22,7 @@ from llm_jax.transforms.lengthen import lengthen
 from llm_jax.transforms.merge import merge
 from llm_jax.transforms.moments import carry, carry_moments
 from llm_jax.transforms.moving_average import moving_average
-from llm_jax.transforms.prune import prune
+from llm_jax.transforms.prune import keep_zeros, prune
 from tests.families import FAMILIES, Tiny, batch_of, tiny_model
 from tests.transforms import laws
 
@@ -493,9 +493,40 @@ def test_moments_under_freezing_and_averages_of_several_growths():
         average, config = grown(change, config, average), change.config(config)
     for name, x in leaves(new.average).items():
         np.testing.assert_allclose(x, leaves(average)[name], rtol=1e-5, atol=1e-7)
-    assert (
-        report.endswith("reset: inner/1/2/count (1 array)") and "average" in report
-    )  # of the schedule, which begins anew
+    assert report.endswith("reset: 1/2/count (1 array)") and "average" in report  # of the schedule, which begins anew
+
+
+@pytest.mark.parametrize(
+    "before, after",
+    [
+        (IDENTITY, prune(0.5, schedule=(0, 4, 1))),
+        (prune(0.5, schedule=(0, 4, 1)), moving_average(0.9)),
+        (chain(prune(0.5, schedule=(0, 4, 1), straight_through=True), moving_average(0.9)), prune(0.5, schedule=(0, 4, 1))),
+    ],
+    ids=["unpruned to pruned", "pruned to averaged", "averaged to pruned"],
+)  # fmt: skip
+def test_moments_go_from_one_update_to_another(before, after):
+    """What changes of the update keep around the optimizer's state hides it not, and begins anew."""
+    tiny, changes = tiny_model("gpt2"), (grow_depth(4), keep_zeros(".*/mlp/up"), after)
+    config = chain(*changes).config(tiny.config)
+    plain, _, _, _ = carried(grow_depth(4), tiny, OPTIMIZER)
+    old = quick(before.update(OPTIMIZER).init)(tiny.params)
+    state = old
+    while hasattr(state, "inner"):
+        state = state.inner
+    # the moments that a step would have left, in the place where the update before kept them
+    held = jax.tree.unflatten(jax.tree.structure(old), [
+        leaves(plain).get(name.replace("inner/", ""), x) for name, x in leaves(old).items()
+    ])  # fmt: skip
+    fresh = quick(after.update(OPTIMIZER).init)(quick(lambda: transformer.init(config, KEY))())
+    found, report = carry(changes, tiny.config, held, fresh, KEY)
+    expected, _ = carry(grow_depth(4), tiny.config, plain, quick(OPTIMIZER.init)(transformer.init(config, KEY)), KEY)
+    for name, x in leaves(expected).items():
+        np.testing.assert_array_equal(leaves(found)[f"inner/{name}"], x, name)
+    kept, reset = report.split("\n")
+    assert "1/0/mu" in kept and "1/0/nu" in kept and "mu" not in reset
+    if hasattr(found, "step"):
+        assert int(found.step) == 0 and "step" in reset
 
 
 def test_what_cannot_be_carried_starts_afresh():

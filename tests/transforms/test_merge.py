@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from llm_jax import cli, model, sharding
-from llm_jax.errors import ConfigError
+from llm_jax.errors import ConfigError, UserError
 from llm_jax.models import presets, transformer
-from llm_jax.transforms import merge
+from llm_jax.transforms import lora, merge
 from tests.families import Tiny
 from tests.transforms import laws
 
@@ -126,9 +126,18 @@ def test_what_does_not_go_together():
         (dict(method="mena"), "unknown method 'mena'; did you mean 'mean'"),
         (dict(weights=(-1, 2)), "must not be negative"),
         (dict(t=1.5), r"t is 1.5: it must lie in \[0, 1\]"),
+        (dict(method="ties", weights=(1, 2)), "weights are of the mean: they do not go with ties"),
+        (dict(method="ties", keep=0.0), "keep is 0: ties would change nothing"),
     ):
         with pytest.raises(ConfigError, match=said):
             merge(**arguments)
+
+
+def test_factors_are_not_averaged():
+    """The product of means is not the mean of products."""
+    adapted = model.transform(model.Model(SIZES, jax.device_put(A)), lora(2), jax.random.key(0))
+    with pytest.raises(UserError, match=r"have factors of low rank beside their weights: fold them in with merge_lora"):
+        model.merge([adapted, adapted], merge())
 
 
 def test_the_command(tmp_path, capsys):

@@ -804,6 +804,19 @@ def test_the_label_makes_it_again(change):
     assert change.calibration == (2 if "sparsegpt" in change.label else 0)
 
 
+def test_one_regex_is_a_string():
+    assert prune(0.5, targets=UP).label == prune(0.5, targets=[UP]).label and keep_zeros(UP).masks == (UP,)
+
+
+def test_more_weights_than_can_be_told_apart(problem):
+    wide = problem.config.replace(layers=2**10, dim=2**10, mlp_dim=2**12)
+    change = prune(0.5, scope="global", targets=UP)
+    with pytest.raises(
+        ConfigError, match=r"fewer than 2\^32 weights, and the targets have 4294967296: take scope='layer'"
+    ):
+        jax.eval_shape(lambda p: change.params(wide, p, jax.random.key(0), None), transformer.shapes(wide))
+
+
 def test_nothing_to_keep_is_the_identity():
     assert keep_zeros([]) is IDENTITY and densify().update is IDENTITY.update
     assert transforms.chain(densify()).label == "densify()"
@@ -843,6 +856,7 @@ def test_fisher_on_a_schedule_reads_what_the_optimizer_keeps(problem):
         (dict(schedule=(0, 10, 3)), "prune: schedule is (0, 10, 3): (begin, end, every) must have 0 <= begin < end"),
         (dict(schedule=(5, 5, 1)), "prune: schedule is (5, 5, 1)"),
         (dict(schedule=(5, 10)), "prune: schedule is (5, 10)"),
+        (dict(schedule=100), "prune: schedule is 100: (begin, end, every) must have 0 <= begin < end"),
         (
             dict(schedule=(0, 4, 1), score="wanda"),
             "prune: score 'wanda' does not go with a schedule: take magnitude, fisher, movement",

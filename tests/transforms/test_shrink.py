@@ -401,6 +401,8 @@ def test_bad_arguments(arguments, said):
     ("name", "arguments", "said"),
     [
         ("gpt2", dict(mlp=25), "mlp is 25, but the model has 24"),
+        ("gpt2", dict(mlp=0.99), "mlp is 0.99, which keeps all 24: give a smaller share"),
+        ("llama", dict(heads=0.8), "heads is 0.8, which keeps all 4: give a smaller share"),
         ("gpt2", dict(layers=(0, 2)), r"layers is \(0, 2\), but the last of 2 layers is 1"),
         ("gpt2", dict(decoder_layers=1), "decoder_layers is for an encoder-decoder; layers are those of this decoder"),
         ("t5", dict(decoder_layers=3), "decoder_layers is 3, but the model has 2"),
