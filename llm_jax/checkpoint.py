@@ -240,9 +240,10 @@ class Restored:
 class Checkpoints:
     """The checkpoints of one run: saves in the background, keeps the newest and the best, falls back past damaged ones."""
 
-    def __init__(self, folder: Path, settings: Checkpoint):
+    def __init__(self, folder: Path, settings: Checkpoint, best_from: int = 0):
+        """`best_from` is the first step that may be the best."""
         self.root = as_path(folder).absolute() / "checkpoints"
-        self.settings = settings
+        self.settings, self.best_from = settings, best_from
         self._background = ThreadPoolExecutor(1, "checkpoint")
         self._saving: Future[None] | None = None
         if jax.process_index() == 0:
@@ -336,7 +337,9 @@ class Checkpoints:
             remove_tree(gone)
 
     def _score(self, step: int) -> float:
-        """The held-out metric of a checkpoint at its own step, by which the best is kept; not finite where there is none."""
+        """The held-out metric of a checkpoint at its own step, by which the best is kept; not finite where there is none, or it may not be the best."""
+        if step < self.best_from:
+            return math.inf
         try:
             results = read_card(self.root / str(step))["results"]
         except (CheckpointError, KeyError):

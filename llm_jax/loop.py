@@ -26,6 +26,7 @@ from llm_jax.platform import await_buffers, gather, release_freed_memory, setup
 from llm_jax.storage import Path, as_path
 from llm_jax.tasks.base import Judgement
 from llm_jax.times import Times, Trace
+from llm_jax.transforms.lora import BESIDE
 
 log = logging.getLogger(__name__)
 
@@ -87,7 +88,9 @@ class _Session:
     def __init__(self, parts: Parts, others: processes.Together, begin: float):
         self.parts, self.run, self.others = parts, parts.run, others
         self.lead = jax.process_index() == 0
-        self.saved = checkpoint.Checkpoints(self.run.folder, self.run.checkpoint)
+        # what is half pruned is no model to end with
+        self.whole = max((change.steps for change in self.run.transforms), default=0)
+        self.saved = checkpoint.Checkpoints(self.run.folder, self.run.checkpoint, self.whole)
         self.results: dict[str, Any] = {}
         self.best: dict[str, Any] = {"value": None, "step": 0, "stale": 0}
         self.judgement: Judgement | None = None
@@ -121,10 +124,12 @@ class _Session:
         parts.train.set_state(*found.data["loader"])
         self.accounting = Accounting(found.data["accounting"] if self.lead else None)
         self.counts = {name: found.card[name] for name in ("tokens", "flops")}
-        self.results, self.best = found.card["results"], found.card["best"]
+        self.results = found.card["results"]
+        if found.card["best"]["step"] >= self.whole:
+            self.best = found.card["best"]
         self.inherited = {
             name: found.card[name]
-            for name in ("parents", "kept", "references", "moments", *cards.ORIGINS)
+            for name in ("parents", "kept", "references", "moments", BESIDE, *cards.ORIGINS)
             if name in found.card
         }
         others, hashes = parts.reference()
@@ -297,10 +302,7 @@ class _Session:
         found, metric = self.measure(batches), self.run.checkpoint.best
         if not self.parts.heldout:
             return
-        whole = all(
-            self.at >= change.steps for change in self.run.transforms
-        )  # what is half pruned is no model to end with
-        if found and metric and whole:
+        if found and metric and self.at >= self.whole:
             before, value = self.best["value"], found[metric]
             if before is None or (value > before if rising(metric) else value < before):
                 self.best = {"value": value, "step": self.at, "stale": 0}

@@ -46,6 +46,8 @@ class Loss(NamedTuple):
     """the model's `Outputs`, for transforms that add terms"""
     weights: Any = None
     """of each target, as `weight` sums them up, for such terms to be means over the same"""
+    rows: Any = None
+    """the batch that was read, where it is not the one that was given, for such terms to read the same"""
 
 
 LossFn = Callable[..., Loss]

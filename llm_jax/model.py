@@ -178,8 +178,8 @@ def transform(model: Model, change: transforms.Transform, key: Array, aux: Any =
     known = () if change.densify else model.card.get("pruned", {})
     still = [re.escape(path) for path in known if path in tree.names(params)]
     stated = transforms.chain(transforms.keep_zeros(still), change).card(params)
-    if config.lora_rank and (before := model.card.get(BESIDE)):
-        stated[BESIDE] = beside_factors([change.label], before, ())
+    if config.lora_rank:
+        stated[BESIDE] = beside_factors(model.card, [change.label], tree.names(params))
     card = {
         **{key: entry for key, entry in model.card.items() if key not in OF_THE_PARENT},
         **stated,

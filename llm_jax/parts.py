@@ -122,13 +122,15 @@ def _check_references(run: Run, tokenizer: Tokenizer) -> None:
 def calibration(run: Run, tokenizer: Tokenizer, count: int) -> tf.Calibration:
     """The first `count` batches that one process alone would train on, in slices as gradients are accumulated, for a transform to look at; the same
     on every process."""
-    sources, (count, size) = open_sources(run.data, "train"), program.calibration_shape(run, count)
-    batch = dataclasses.replace(run.batch, size=size, accumulate=1)
-    with contextlib.closing(Loader(sources, tokenizer, run.task, run.data, batch, run.seed, "train")) as rows:
+    sources, shape = open_sources(run.data, "train"), program.calibration_shape(run, count)
+    with contextlib.closing(Loader(sources, tokenizer, run.task, run.data, run.batch, run.seed, "train")) as rows:
         batches = [next(rows).batch for _ in range(count)]
     if any(x.shape != batches[0][name].shape for batch in batches for name, x in batch.items()):
         raise ConfigError("the rows that a transform looks at must be of one length: leave data.buckets empty")
-    stacked: dict[str, Any] = {name: np.stack([batch[name] for batch in batches]) for name in batches[0]}
+    stacked: dict[str, Any] = {
+        name: np.stack([batch[name] for batch in batches]).reshape(*shape, *x.shape[1:])
+        for name, x in batches[0].items()
+    }
     return tf.Calibration(stacked, run.task.loss)
 
 
@@ -204,7 +206,7 @@ def assemble(
         inherited["kept"] = list(program.pruned(run))
         if made.model.lora_rank:
             labels = [each.label for each in run.transforms]
-            inherited[BESIDE] = beside_factors(labels, card.get(BESIDE, ()), made.trained)
+            inherited[BESIDE] = beside_factors(card, labels, tree.names(made.abstract.params), made.trained)
         if change.moments:
             state, inherited["moments"] = _warm(run, mesh, state, placed, jax.random.split(key, 3)[1])
         others, hashes = reference()

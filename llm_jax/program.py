@@ -174,18 +174,13 @@ def transform_of(run: Run) -> tf.Transform:
     """The transforms of a config, those that its plain fields ask for among them; freezing is outermost, since it hides params.
 
     Raises:
-        ConfigError: one that changes the update after one that keeps zeros, or the loss after one that reads other rows.
+        ConfigError: one that changes the update after one that keeps zeros.
     """
     for i, change in enumerate(run.transforms):
         for later in run.transforms[i + 1 :] if change.masks else ():
             if later.update is not tf.IDENTITY.update and not later.masks:
                 raise ConfigError(
                     f"run.transforms: {later.label} changes the update after {change.label}, which would not keep its zeros: put it before"
-                )
-        for later in run.transforms[i + 1 :] if change.resamples else ():
-            if later.loss is not tf.IDENTITY.loss:
-                raise ConfigError(
-                    f"run.transforms: {later.label} after {change.label} would read the data's rows where the loss reads sampled ones: put it before"
                 )
     kept = pruned(run)
     return tf.chain(

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from llm_jax import checkpoint, divergences, model, parts, sharding
+from llm_jax import checkpoint, divergences, model, parts, program, sharding
 from llm_jax.card import content_hash
 from llm_jax.config import Run
 from llm_jax.data.teacher_cache import HEADER, Header, data_fingerprint, write_cache
@@ -51,6 +51,7 @@ def cache(run: Run, teacher: str, folder: str | Path, k: int = 32, temperature: 
     names = Names("cache", "teacher", "student")
     try:
         check_tokens(names, sizes.vocab_size, made.model.vocab_size)
+        check_rows(names, sizes, program.abstract_batch(made.run, made.mesh))
         known = model.read_tokenizer(teacher)
         if known is not None and not known.same_tokens(made.tokenizer):
             raise DataError(f"the teacher {teacher} has another tokenizer than the run: its tokens mean something else")
@@ -63,7 +64,6 @@ def cache(run: Run, teacher: str, folder: str | Path, k: int = 32, temperature: 
         def batches() -> Iterator[tuple[Any, np.ndarray, np.ndarray]]:
             for _ in range(made.run.steps):
                 rows = next(made.train).batch
-                check_rows(names, sizes, rows)
                 ids, log_p = jax.device_get(say(loaded.params, sharding.put(rows, made.mesh)))
                 yield rows, ids, log_p
 

@@ -184,21 +184,34 @@ def test_frozen_weights_are_pruned_at_once(corpus, tmp_path):
     assert zeros(trained(run)).mean() == 0.5
 
 
-def test_patience_waits_for_the_end_of_a_schedule(corpus, tmp_path):
+@pytest.mark.parametrize("learning_rate", [1e-6, 10.0], ids=["still", "wild"])
+def test_patience_waits_for_the_end_of_a_schedule(corpus, tmp_path, learning_rate):
     """No half pruned model is the best one."""
-    patient = dict(checkpoint=Checkpoint(every=3, best="loss"), eval=Eval(every=1, batches=1, patience=1))
-    run = run_of(corpus, tmp_path / "run", transforms=(prune(0.95, schedule=(0, 10, 1)),), steps=14, **patient)
+    patient = dict(checkpoint=Checkpoint(every=1, keep=1, best="loss"), eval=Eval(every=1, patience=2))
+    loop.train(run_of(corpus, tmp_path / "dense", transforms=(), steps=20))
+    run = run_of(
+        corpus,
+        tmp_path / "run",
+        start=str(tmp_path / "dense"),
+        model=None,
+        transforms=(prune(0.95, schedule=(0, 5, 1)),),
+        optimizer=Optimizer(name="sgd", learning_rate=learning_rate),
+        steps=9,
+        **patient,
+    )
     assert zeros(trained(run)).mean() == pytest.approx(0.95, abs=1e-3)
-    assert checkpoint.read_card(run.folder)["best"]["step"] >= 10
+    assert checkpoint.read_card(run.folder)["best"]["step"] >= 5
+    assert checkpoint.steps(run.folder)[0] >= 5
 
 
 def test_calibration_looks_at_slices_as_gradients_are_accumulated(corpus, tmp_path):
-    seen = []
+    """The same rows, whichever streams they come from."""
+    seen, data = [], dataclasses.replace(run_of(corpus, tmp_path).data, shards=16)
     for slices in (1, 4):
-        run = run_of(corpus, tmp_path / f"{slices}", batch=Batch(size=8, length=16, accumulate=slices))
-        made = parts.build(run)
+        batch = Batch(size=32, length=16, accumulate=slices)
+        made = parts.build(run_of(corpus, tmp_path / f"{slices}", batch=batch, data=data))
         found = parts.calibration(made.run, made.tokenizer, 2).batches["tokens"]
         made.close()
-        assert found.shape == (2 * slices, 8 // slices, 16)
-        seen.append(found.reshape(16, 16))
+        assert found.shape == (2 * slices, 32 // slices, 16)
+        seen.append(found.reshape(64, 16))
     np.testing.assert_array_equal(*seen)

@@ -22,7 +22,7 @@ from llm_jax.interop.names import Place
 from llm_jax.model import Model
 from llm_jax.models.config import ModelConfig
 from llm_jax.storage import Path, as_path
-from llm_jax.transforms.lora import BESIDE, FACTORS, WITHOUT, trained_with_factors
+from llm_jax.transforms.lora import WITHOUT, beside_factors
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -165,10 +165,8 @@ def _base(model: Model) -> tuple[Family, ModelConfig]:
 
 def _refuse_more(model: Model) -> None:
     """Raise where its card tells of a trained weight that is no factor and of no head that is written."""
-    regexes, known = trained_with_factors(model.card.get("transforms", [])), model.card.get(BESIDE, ())
-    for name in tree.names(model.params):
-        saved = re.fullmatch(FACTORS, name) or (name.startswith("head/") and model.config.head in HEADS)
-        if not saved and (name in known or any(re.fullmatch(regex, name) for regex in regexes)):
+    for name in beside_factors(model.card, (), tree.names(model.params)):
+        if not (name.startswith("head/") and model.config.head in HEADS):
             raise CheckpointError(
                 f"{name} was trained beside the factors and has no place in an adapter: fold the factors in with merge_lora() and export the whole model"
             )

@@ -15,7 +15,7 @@ from llm_jax.losses import Loss, LossFn
 from llm_jax.models.config import ModelConfig
 from llm_jax.models.transformer import Params
 from llm_jax.transforms.base import IDENTITY, Calibration, Transform
-from llm_jax.transforms.distil import Names, differ, say, sizes_of, weights_of
+from llm_jax.transforms.distil import Names, differ, rows_of, say, sizes_of, weights_of
 
 KINDS = ("l2", "fisher", "kl")
 
@@ -88,6 +88,7 @@ def _divergence(model: Any, strength: float) -> Callable[[LossFn], LossFn]:
             found = inner(params, batch, key, reference)
             if key is None:
                 return found
+            batch = rows_of(found, batch)
             said = say(names, sizes, reference["anchor"], batch, found.outputs)
             term = strength * differ(names, rule, found.outputs, said, weights_of(found, batch))
             return found._replace(total=found.total + term, metrics={**found.metrics, "anchor": term})

@@ -121,8 +121,6 @@ class Transform(NamedTuple):
     """regexes of weights whose zeros its update keeps: they are a mask, and no other update may come after it"""
     trained: Callable[[Params], Any] | None = None
     """True at each weight that is trained, of those that are there; None where it hides none"""
-    resamples: bool = False
-    """whether its loss reads other rows than the batch holds, so that no other change of the loss may come after it"""
     densify: bool = False
     """whether the zeros that the card of the start names as pruned are weights like any other"""
     offload: bool = False
@@ -153,7 +151,8 @@ def chain(*transforms: Transform) -> Transform:
                 function = getattr(transform, name)(function)
             return function
 
-        return wrapped
+        identity = getattr(IDENTITY, name)
+        return identity if all(getattr(transform, name) is identity for transform in transforms) else wrapped
 
     label = (
         ", ".join(transform.label for transform in transforms if transform.label != IDENTITY.label) or IDENTITY.label
@@ -217,7 +216,6 @@ def chain(*transforms: Transform) -> Transform:
         rows,
         masks,
         trained=trained if any(transform.trained for transform in transforms) else None,
-        resamples=any(transform.resamples for transform in transforms),
         densify=any(transform.densify for transform in transforms),
         offload=any(transform.offload for transform in transforms),
         moments=any(transform.moments for transform in transforms),
@@ -227,7 +225,7 @@ def chain(*transforms: Transform) -> Transform:
 
 def _named(model: Any) -> str:
     """A model as messages name it."""
-    return repr(model) if isinstance(model, str) else "one that is given as a value"
+    return model if isinstance(model, str) else "one that is given as a value"
 
 
 def spell(transform: Transform, tokenizer: Tokenizer) -> Transform:

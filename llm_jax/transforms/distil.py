@@ -109,6 +109,7 @@ def distil(
                 return inner(params, batch, key, reference)
             with transformer.requested(*wanted):
                 found = inner(params, batch, key, reference)
+                batch = rows_of(found, batch)
                 said = say(NAMES, sizes, reference["teacher"], batch, found.outputs)
             own, weights = found.outputs, weights_of(found, batch)
             terms = {}
@@ -220,6 +221,11 @@ def sizes_of(teacher: Any) -> ModelConfig:
 
     sizes = model.sizes(teacher) if isinstance(teacher, str) else teacher.config
     return sizes.replace(dropout=0.0, remat="none")
+
+
+def rows_of(found: Loss, batch: Any) -> Any:
+    """The rows that the loss read: those of the batch, or others in their place."""
+    return batch if found.rows is None else found.rows
 
 
 def weights_of(found: Loss, batch: Any) -> Array:

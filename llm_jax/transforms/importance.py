@@ -88,7 +88,8 @@ def taylor(config: ModelConfig, params: Params, calibration: Calibration) -> Sco
     """|dloss/dgate| of a gate of 1 on what is scored, the mean over batches (Michel et al. 2019, eq. 5; Molchanov et al. 2019).
 
     There is no gate in the model: by the product rule its derivative is the sum of gradient times weight over the outgoing weights
-    that it multiplies, those of `magnitude`. The absolute value is taken batch by batch: give several.
+    that it multiplies, those of `magnitude`. The absolute value is taken batch by batch, or slice by slice where a run accumulates gradients: give
+    several.
     """
     loss = calibration.loss(config)
 

@@ -3,7 +3,7 @@
 import ast
 import dataclasses
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import jax
@@ -148,19 +148,25 @@ def trained_with_factors(labels: Sequence[str]) -> tuple[str, ...]:
     return found
 
 
-def beside_factors(labels: Sequence[str], before: Sequence[str], trained: Sequence[str]) -> list[str]:
-    """The paths of what has been trained beside the factors of a model since its base is what it is: a card's entry `BESIDE`.
+def beside_factors(
+    card: Mapping[str, Any], labels: Sequence[str], names: Sequence[str], trained: Sequence[str] = ()
+) -> list[str]:
+    """The paths of what has been trained beside the factors of a model since its base is what it is: the entry `BESIDE` of a card.
 
     Args:
-        labels: of a change, or of the changes of a run.
-        before: the entry of the model that is changed, which a `merge_lora` among them makes one of the base.
-        trained: the paths that the run trains.
+        card: of the model before.
+        labels: of the changes of it, of which a `merge_lora` makes what was trained before one of the base.
+        names: the paths of all its weights.
+        trained: those that are trained in this run.
 
-    >>> beside_factors(["lora(4, alpha=16.0)"], ["embed/tokens"], ["decoder/layers/mlp/up_lora_a", "head/bias"])
+    >>> beside_factors({"transforms": ["lora(4, also=('embed/.*',))"]}, [], ["embed/tokens", "head/bias"], ["head/bias"])
     ['embed/tokens', 'head/bias']
     """
-    kept = () if any(name == "merge_lora" for name, _ in _calls(labels)) else before
-    return sorted({*kept, *(name for name in trained if not re.fullmatch(FACTORS, name))})
+    regexes, known = trained_with_factors(card.get("transforms", ())), card.get(BESIDE, ())
+    before = {name for name in names if name in known or any(re.fullmatch(regex, name) for regex in regexes)}
+    if any(name == "merge_lora" for name, _ in _calls(labels)):
+        before = set()
+    return sorted({*before, *(name for name in trained if not re.fullmatch(FACTORS, name))})
 
 
 def _calls(labels: Sequence[str]) -> list[tuple[str, tuple[str, ...]]]:

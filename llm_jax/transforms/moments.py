@@ -137,8 +137,11 @@ def _plain(state: Any) -> dict[str, Any]:
     a change is found in one without; what those keep themselves bears a name that begins with `AROUND`, but for the average of the weights."""
     found = tree.names(state)
     while any(name.startswith("inner/") for name in found):
+        averages = {name for name in found if name.startswith("average/")}
+        inside = [name.removeprefix("inner/") if name.startswith("inner/") else None for name in found]
         found = [
-            name.removeprefix("inner/") if name.startswith(("inner/", "average/")) else AROUND + name for name in found
+            AROUND + full if name in averages or (name is None and full not in averages) else name or full
+            for name, full in zip(inside, found)
         ]
     return dict(zip(found, jax.tree.leaves(state), strict=True))
 

@@ -21,9 +21,9 @@ READ = ("tokens", "targets", "weights", "segment_ids", "positions")
 def on_policy(share: float = 0.5, *, prompt: int, temperature: float = 1.0, end: int = -1) -> Transform:
     """loss(batch) becomes, with probability `share` a step, loss(sampled(batch)): all but the first `prompt` tokens are the model's own.
 
-    After `distil(teacher, task=0.0, divergence="reverse_kl")` in a chain it is on-policy distillation: the student samples, the teacher scores
+    Beside `distil(teacher, task=0.0, divergence="reverse_kl")` in a chain it is on-policy distillation: the student samples, the teacher scores
     (GKD; Agarwal et al. 2023, algorithm 1). The text is sampled with the step's key, without dropout, and no gradient goes through it; of evaluation
-    nothing changes. It must come after all other transforms of the loss, which would read the data's rows: a run refuses another order.
+    nothing changes. A `distil` or `anchor` reads these rows in whichever order they stand (`Loss.rows`).
 
     Args:
         share: of the steps whose rows are sampled (lambda of GKD); 0 for the identity.
@@ -57,14 +57,14 @@ def on_policy(share: float = 0.5, *, prompt: int, temperature: float = 1.0, end:
                 lambda rows: rows,
                 rows,
             )
-            return inner(params, rows, rest, reference)
+            return inner(params, rows, rest, reference)._replace(rows=rows)
 
         return made
 
     told = "".join(
         f", {name}={x!r}" for name, x, usual in (("temperature", temperature, 1.0), ("end", end, -1)) if x != usual
     )
-    return Transform(loss=loss, label=f"on_policy({share}, prompt={prompt}{told})", resamples=True)
+    return Transform(loss=loss, label=f"on_policy({share}, prompt={prompt}{told})")
 
 
 def _rows(config: ModelConfig, batch: Mapping[str, Array], prompt: int) -> dict[str, Array]:

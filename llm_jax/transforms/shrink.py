@@ -60,7 +60,7 @@ def shrink(
             channels. Sinusoidal positions become those of the new width.
         by: magnitude, activation, taylor (see `importance.py`), random, or even: evenly spaced, as DistilBERT took its layers.
         multiple: the numbers that shares of mlp and dim come to are rounded to multiples of it, as suits the hardware.
-        batches: batches of calibration rows, for activation and taylor.
+        batches: batches of calibration rows, for activation and taylor, in slices where the run accumulates gradients.
 
     Raises:
         ConfigError: nothing to shrink, a share or a number out of range or not allowed by the model's sizes, or a model with LoRA.

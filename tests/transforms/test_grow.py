@@ -529,6 +529,12 @@ def test_moments_go_from_one_update_to_another(before, after):
         assert int(found.step) == 0 and "step" in reset
 
 
+def test_moments_beside_two_averages():
+    change = chain(moving_average(0.9), moving_average(0.99))
+    _, _, report, _ = carried(grow_depth(3), tiny_model("gpt2"), change.update(OPTIMIZER))
+    assert "1/0/mu" in report.split("\n")[0] and "average" in report.split("\n")[0]
+
+
 def test_what_cannot_be_carried_starts_afresh():
     tiny = tiny_model("gpt2")
     optimizer = optax.adafactor(1e-3, min_dim_size_to_factor=8)

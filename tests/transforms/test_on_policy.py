@@ -15,7 +15,7 @@ from llm_jax.losses import Loss
 from llm_jax.models import presets, transformer
 from llm_jax.models.config import ModelConfig
 from llm_jax.tasks import NextToken
-from llm_jax.transforms import IDENTITY, chain, distil, on_policy
+from llm_jax.transforms import IDENTITY, anchor, chain, distil, on_policy
 from llm_jax.transforms.on_policy import sampled
 from tests.families import random_params
 from tests.test_parts import losses, run_of
@@ -169,3 +169,18 @@ def test_a_run_of_it_goes_on_exactly(corpus, tmp_path):
     (tmp_path / "run" / "checkpoints" / "4").rename(tmp_path / "gone")
     loop.train(run)
     assert losses(tmp_path / "run") == whole and len(whole) == 4
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.5], ids=["itself", "another"])
+def test_a_term_reads_the_rows_that_are_sampled_in_whichever_order(batch, scale):
+    """A student that is its own teacher has nothing to learn, of its own text either; terms of another teacher are the same."""
+    teacher = model.Model(SIZES, jax.tree.map(lambda x: x * scale, PARAMS))
+    changes = (on_policy(1.0, prompt=P), distil(teacher, task=0.0), anchor(teacher, "kl"))
+    both = [chain(*order).loss(NextToken().loss(SIZES)) for order in (changes, changes[::-1])]
+    reference = {"teacher": teacher.params, "anchor": teacher.params}
+    found = jit(lambda p: [loss(p, batch, key, reference).metrics for loss, key in zip(both, (KEY, KEY))])(PARAMS)
+    terms = [float(each[name]) for each in found for name in ("soft", "anchor")]
+    if scale == 1:
+        assert max(map(abs, terms)) < 1e-4
+    else:
+        assert terms == pytest.approx([terms[0]] * 4, rel=1e-5) and terms[0] > 1
