@@ -6,6 +6,7 @@ import jax
 import optax
 import pytest
 
+from llm_jax import tree
 from llm_jax.models.config import ModelConfig
 from llm_jax.transforms import IDENTITY, Transform, chain, spell
 
@@ -32,6 +33,7 @@ def named(name: str) -> Transform:
         extra=lambda sizes, key: {name: (sizes.vocab_size, key)},
         rows=lambda batch, fingerprint: {**batch, "rows": (*batch["rows"], (name, fingerprint["of"]))},
         masks=(f"{name}/.*",),
+        trained=lambda params: tree.map_with_name(lambda path, _: path != name, params),
         densify=name == "bb",
         offload=name == "a",
         moments=name == "ccc",
@@ -59,6 +61,7 @@ def effect(change: Transform) -> tuple[Any, ...]:
         change.extra(SIZES, "key"),
         change.rows({"rows": ()}, {"of": "stream"}),
         change.masks,
+        change.trained and change.trained(dict.fromkeys(("a", "bb", "ccc", "d"), 0)),
         change.densify,
         change.offload,
         change.moments,
@@ -82,6 +85,7 @@ def test_members_apply_in_turn():
         {"a": (SIZES.vocab_size, "key"), "bb": (SIZES.vocab_size, "key")},
         {"rows": (("a", "stream"), ("bb", "stream"))},
         ("a/.*", "bb/.*"),
+        {"a": False, "bb": False, "ccc": True, "d": True},
         True,
         True,
         False,
@@ -114,7 +118,8 @@ def test_the_identity_does_nothing():
     for change in (IDENTITY, chain(), Transform()):
         marker = object()
         params, rule = {"a": marker}, optax.sgd(0.1)
-        assert change.params is IDENTITY.params and change.rows is IDENTITY.rows
+        for name in ("params", "loss", "grad", "update", "rows", "trained"):
+            assert getattr(change, name) is getattr(IDENTITY, name), name
         assert change.config(SIZES) is SIZES and change.params(SIZES, params, None, None) is params
         assert change.loss(marker) is marker and change.grad(marker) is marker and change.update(rule) is rule
 
