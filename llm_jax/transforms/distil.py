@@ -63,7 +63,8 @@ def distil(
 
     Each term is a mean as the task's loss is one: the divergence over the targets with their weights; the others of each row over its
     tokens, as heavy as the row's targets. In training `soft`, `cosine`, `hidden` and `attention` are reported too, unweighted by these
-    factors; evaluation reads the task's loss alone. The student may have other sizes than the teacher, but the same tokens or classes.
+    factors; evaluation reads the task's loss alone. The student may have other sizes than the teacher, but the same tokens or classes. States and
+    attention of an encoder-decoder are its decoder's.
 
     Args:
         teacher: a path or a `Model`.
