@@ -182,12 +182,12 @@ def transform_of(run: Run) -> tf.Transform:
                 raise ConfigError(
                     f"run.transforms: {later.label} changes the update after {change.label}, which would not keep its zeros: put it before"
                 )
-    kept = pruned(run)
+    kept, own = pruned(run), tf.chain(*run.transforms)
     return tf.chain(
         accumulate(run.batch.accumulate),
         tf.keep_zeros(kept),  # inside the run's own, which may remove more
         *run.transforms,
-        moving_average(run.optimizer.moving_average, (*kept, *tf.chain(*run.transforms).masks)),
+        moving_average(run.optimizer.moving_average, (*kept, *own.masks), own.trained),
         freeze(run.optimizer.freeze),
     )
 

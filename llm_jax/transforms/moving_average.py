@@ -1,7 +1,7 @@
 """An exponential moving average of the weights, kept by the optimizer and read by evaluation."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -19,12 +19,13 @@ class MovingAverageState(NamedTuple):
     average: Any
 
 
-def moving_average(decay: float, masks: Sequence[str] = ()) -> Transform:
+def moving_average(decay: float, masks: Sequence[str] = (), trained: Callable[[Any], Any] | None = None) -> Transform:
     """average <- decay * average + (1 - decay) * params after each update, from the initial params (Polyak and Juditsky 1992).
 
     Args:
         decay: 0 for none.
         masks: regexes of weights whose zeros are a mask; the average of such a zero is 0.
+        trained: True at each weight that transforms inside of it leave to be trained (`Transform.trained`); others need no average. By default all.
     """
     if not decay:
         return IDENTITY
@@ -33,7 +34,8 @@ def moving_average(decay: float, masks: Sequence[str] = ()) -> Transform:
         inner = optax.with_extra_args_support(inner)
 
         def init(params):
-            return MovingAverageState(inner.init(params), jax.tree.map(jnp.copy, params))
+            live = params if trained is None else tree.split(params, trained(params))[0]
+            return MovingAverageState(inner.init(params), jax.tree.map(jnp.copy, live))
 
         def step(updates, state, params, **extra):
             updates, below = inner.update(updates, state.inner, params, **extra)

@@ -61,6 +61,21 @@ def test_with_a_frozen_part():
     )
 
 
+def test_what_is_frozen_inside_needs_no_average():
+    inside = freeze(["b"])
+    states = run(chain(inside, moving_average(DECAY, trained=inside.trained)), (5, -1))
+    expected = run(chain(moving_average(DECAY), inside), (5, -1))
+    for state, other in zip(states, expected):
+        average = state.opt_state.average
+        assert average["b"] is None
+        np.testing.assert_array_equal(average["a"], other.opt_state.average["a"])
+        jax.tree.map(
+            np.testing.assert_array_equal,
+            optim.eval_params(state.opt_state, state.params),
+            optim.eval_params(other.opt_state, other.params),
+        )
+
+
 def test_a_skipped_update_does_not_enter():
     states = run(moving_average(DECAY), (5, float("nan"), -1))
     clean = run(moving_average(DECAY), (5, -1))
