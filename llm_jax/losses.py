@@ -49,6 +49,10 @@ class Loss(NamedTuple):
     rows: Any = None
     """the batch that was read, where it is not the one that was given, for such terms to read the same"""
 
+    def sums(self) -> "Loss":
+        """What adds up, without what is there for transforms that add terms."""
+        return self._replace(outputs=None, weights=None, rows=None)
+
 
 LossFn = Callable[..., Loss]
 """(params, batch, key, reference) -> Loss. `key` is None in evaluation: no dropout, no label smoothing."""

@@ -37,7 +37,7 @@ def differentiate(loss: LossFn) -> GradFn:
         def total(trained: Any) -> tuple[Array, Loss]:
             whole = tree.merge(trained, reference["frozen"]) if "frozen" in reference else trained
             found = loss(whole, batch, key, reference)
-            return found.total, found._replace(outputs=None, weights=None, rows=None)
+            return found.total, found.sums()
 
         (_, found), gradient = jax.value_and_grad(total, has_aux=True)(params)
         return found, gradient

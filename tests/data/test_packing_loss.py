@@ -104,7 +104,7 @@ def totals(config, batches, gradient=False):
     if gradient:
         found = jax.jit(lambda params, batch: step.differentiate(loss)(params, batch, None, {}))
     else:
-        found = jax.jit(lambda params, batch: (loss(params, batch, None, {})._replace(outputs=None), ()))
+        found = jax.jit(lambda params, batch: (loss(params, batch, None, {}).sums(), ()))
     parts = [found(params, r.batch) for r in batches]
     return jax.tree.map(lambda *x: np.sum(np.stack(x), axis=0, dtype=np.float64), *parts)
 
