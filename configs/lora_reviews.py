@@ -4,8 +4,8 @@ python train.py --config=configs/lora_reviews.py
 python -m llm_jax export runs/lora_reviews adapter --format=peft
 
 The language model is asked for the next word: the head begins as its logits of ' negative' and ' positive' after 'Sentiment:'. 0.98% of the
-parameters are trained. Accuracy 0.882 (0.879 to 0.883, 3 seeds), 0.61 of a point below full fine-tuning; 0.864 without the template and the
-words. 35 minutes on one core.
+parameters are trained, with a dropout of 0.1 on what the factors read. Accuracy 0.891 (0.889 to 0.891, 3 seeds), 0.27 of a point above full
+fine-tuning; 0.882 over one epoch without dropout, 0.864 without the template and the words too. 55 minutes on one core.
 """
 
 from llm_jax.config import Batch, Checkpoint, Data, Eval, Optimizer, Run, Schedule
