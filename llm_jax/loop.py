@@ -21,12 +21,11 @@ from llm_jax.continuation import check_continues
 from llm_jax.data.accounting import FIELDS, Accounting
 from llm_jax.errors import CheckpointError, NonFiniteError, choose
 from llm_jax.metrics import rising
-from llm_jax.parts import Parts, build, cost_told, describe
+from llm_jax.parts import INHERITED, Parts, build, cost_told, describe
 from llm_jax.platform import await_buffers, gather, release_freed_memory, setup
 from llm_jax.storage import Path, as_path
 from llm_jax.tasks.base import Judgement
 from llm_jax.times import Times, Trace
-from llm_jax.transforms.lora import BESIDE
 
 log = logging.getLogger(__name__)
 
@@ -127,11 +126,7 @@ class _Session:
         self.results = found.card["results"]
         if found.card["best"]["step"] >= self.whole:
             self.best = found.card["best"]
-        self.inherited = {
-            name: found.card[name]
-            for name in ("parents", "kept", "references", "moments", BESIDE, *cards.ORIGINS)
-            if name in found.card
-        }
+        self.inherited = {name: found.card[name] for name in INHERITED if name in found.card}
         others, hashes = parts.reference()
         for name, before in found.card.get("references", {}).items():
             if hashes.get(name) != before:

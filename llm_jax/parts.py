@@ -31,6 +31,9 @@ from llm_jax.transforms.lora import BESIDE, beside_factors
 
 log = logging.getLogger(__name__)
 
+INHERITED = ("parents", "kept", "references", "moments", BESIDE, *ORIGINS)
+"""Entries of a card that a run's first step has, by `Parts.init`, and every later one keeps"""
+
 
 @dataclasses.dataclass(frozen=True)
 class Parts:

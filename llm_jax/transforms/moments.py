@@ -34,6 +34,7 @@ KINDS = {
 """What a tree in an optimizer's state holds, by its name in optax; any other is reset"""
 
 AROUND = "around/"
+"""Before the names of what changes of the update keep for themselves, which no other run goes on from"""
 
 
 def carry_moments() -> Transform:
