@@ -261,7 +261,8 @@ def test_dropout_is_on_what_the_factors_read():
 @pytest.mark.parametrize("name", ["bert", "llama", "t5"])
 def test_training_alone_drops_what_the_factors_read(name, monkeypatch):
     """Evaluation and decoding read all of it; each key draws other places, and in a scan over the layers the same as one after the other."""
-    plain = FAMILIES[name].replace(dropout=0.0, dtype="float32", **EVERYWHERE)
+    head = dict(head="classification", labels=3) if name == "bert" else {}
+    plain = FAMILIES[name].replace(dropout=0.0, dtype="float32", **EVERYWHERE, **head)
     params, keys = random_params(plain), [jax.random.key(seed) for seed in (1, 1, 2)]
 
     def losses(rate):
