@@ -3,7 +3,8 @@
 python train.py --config=configs/sotu.py
 python train.py --config=configs/grow_depth.py
 
-Each new layer is a copy of the one below it whose last products are zero, so that the first loss is the last of the run before.
+Each new layer is a copy of the one below it whose last products are zero, so that the first loss is the last of the run before. Held out 1.180 bits
+a byte before and 1.170 after, seed 0; 18 minutes on two idle cores. When growing saves operations: benchmarks/grow.py.
 """
 
 from llm_jax.config import Batch, Checkpoint, Data, Eval, Optimizer, Run, Schedule
