@@ -325,6 +325,10 @@ def _gradual(
             if add := score.add:
                 sums = _at(lambda _, s, w, g: add(s, w, g), before, sums, weights, updates)
             updates, below = optimizer.update(updates, state.inner, weights, **extra)
+            if straight_through:
+                # all below reads these, not what they are made of, so that nothing is copied
+                hidden = _at(lambda _, h, w, u: w + jnp.where(u == 0, -0.0, u), before, hidden, weights, updates)
+                updates = _at(lambda _, u, h, p: h - p, before, updates, hidden, params)
 
             due = (now > begin) & (now <= end) & ((now - begin) % every == 0)
 
@@ -339,8 +343,8 @@ def _gradual(
             def found(chosen: dict[str, Array], read: dict[str, Array]) -> Any:
                 return limits(rule, worth(chosen, read), chosen, cubic(now, begin, end, 1.0))
 
-            chosen = matrices(weights)
-            # like the weights, as they were before this update
+            # of the weights before this update, straight through after it; of moments before it
+            chosen = matrices(hidden if straight_through else weights)
             read = matrices(_squares(state.inner) if score.squares else sums)
             nowhere = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(found, chosen, read))
             ends = jax.lax.cond(due, found, lambda *_: nowhere, chosen, read)
@@ -348,9 +352,6 @@ def _gradual(
             stays = tree.map_with_name(lambda name, x: stays[name].reshape(x.shape), before)
             come_back = due & straight_through
             kept = jax.tree.map(lambda was, now: (was | come_back) & now, before, stays)
-            if straight_through:
-                hidden = _at(lambda _, h, w, u: w + u, before, hidden, weights, updates)
-                updates = _at(lambda was, u, h: jnp.where(was, u, h), before, updates, hidden)
             return _at(_settled, kept, updates, params), PruneState(below, now, hidden, sums)
 
         return optax.GradientTransformationExtraArgs(init, step)
