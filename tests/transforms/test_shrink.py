@@ -45,8 +45,8 @@ def rows(config) -> Calibration:
 
 def everything(config, **more):
     """About half of all that a family has."""
-    sizes = dict(mlp=0.5, heads=2, dim=12, layers=0.5)
-    return sizes | (dict(decoder_layers=0.5) if config.architecture == "encoder-decoder" else {}) | more
+    depths = dict(layers=config.layers, decoder_layers=config.decoder_layers)
+    return dict(mlp=0.5, heads=2, dim=12) | {name: 0.5 for name, depth in depths.items() if depth > 1} | more
 
 
 def after(change, tiny: Tiny, aux=None) -> Tiny:
