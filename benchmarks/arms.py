@@ -26,8 +26,8 @@ def load(name: str, **changes: Any) -> config.Run:
 
 
 def changed(run: config.Run, **fields: Any) -> config.Run:
-    """The run with other fields; those of optimizer and schedule are named in a dict."""
-    for name in ("optimizer", "schedule"):
+    """The run with other fields; those of optimizer, schedule and batch are named in a dict."""
+    for name in ("optimizer", "schedule", "batch"):
         if name in fields:
             fields[name] = dataclasses.replace(getattr(run, name), **fields[name])
     return dataclasses.replace(run, **fields)
