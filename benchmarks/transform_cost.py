@@ -4,9 +4,9 @@
     python -m benchmarks.transform_cost [--repeats 41]
 
 MiniLM (22.7M parameters) and half of it, 4 rows of 64 tokens, AdamW. The steps take turns in one process; medians of the ratios of each turn. The
-sums of movement are read and written with each update, whatever the rows, so that it is measured over 32 rows too. That the memory of distillation
-does not grow with tokens x vocabulary is tested in tests/transforms/test_distil.py. The teacher, configs/snippets_minilm.py, is trained first where it
-is not there. Wants a machine without other work: ten minutes.
+sums of movement are read and written with each update, whatever the rows, so that it is measured over 8 rows (as in configs/prune_fisher.py) and 32
+too. That the memory of distillation does not grow with tokens x vocabulary is tested in tests/transforms/test_distil.py. The teacher,
+configs/snippets_minilm.py, is trained first where it is not there. Wants a machine without other work: fifteen minutes.
 """
 
 import argparse
@@ -26,16 +26,16 @@ from llm_jax.models import transformer
 from llm_jax.platform import compiler_options, setup
 from llm_jax.transforms import distil, new_head, prune, shrink
 
-STEPS = 5
-"""Steps a turn"""
-ROWS, MANY = 4, 32
+ROWS, MORE = 4, (8, 32)
+A_TURN = 20
+"""Rows that the steps of a turn read in all, at least those of one step"""
 
 
 def steps_of(name: str, folder: Path, transforms: tuple[Any, ...], rows: int = ROWS) -> Callable[[], float]:
-    """Seconds of a step of the run with these transforms, over `STEPS` of them, one where the rows are many."""
+    """Seconds of a step of the run with these transforms, over those of a turn."""
     run = arms.load("snippets_minilm", transforms=transforms, workdir=str(folder / name), epochs=0.0, steps=100_000)
     run = arms.changed(run, batch=dict(size=rows))
-    steps = STEPS if rows == ROWS else 1
+    steps = max(1, A_TURN // rows)
     parts = run_parts.build(run)
     state, _ = parts.init()
     batch = next(parts.train).batch
@@ -68,10 +68,10 @@ def forward(folder: Path) -> Callable[[], float]:
 
     def turn() -> float:
         begin = time.perf_counter()
-        for _ in range(STEPS):
+        for _ in range(A_TURN // ROWS):
             out = read(params, batch)
         jax.block_until_ready(out)
-        return (time.perf_counter() - begin) / STEPS
+        return (time.perf_counter() - begin) / (A_TURN // ROWS)
 
     turn()
     return turn
@@ -99,8 +99,8 @@ def main():
             "plain": steps_of("plain", folder, (head,)),
             "pruned": steps_of("pruned", folder, (head, prune(0.8))),
             **{name: steps_of(name, folder, (head, change)) for name, change in gradual.items()},
-            f"plain, {MANY} rows": steps_of("plain_many", folder, (head,), MANY),
-            **{f"{x}, {MANY} rows": steps_of(f"{x}_many", folder, (head, gradual[x]), MANY) for x in summing},
+            **{f"plain, {n} rows": steps_of(f"plain_{n}", folder, (head,), n) for n in MORE},
+            **{f"{x}, {n} rows": steps_of(f"{x}_{n}", folder, (head, gradual[x]), n) for n in MORE for x in summing},
             "student": steps_of("student", folder, (head, half)),
             "distil": steps_of("distil", folder, (head, half, taught)),
             "teacher": forward(folder),
@@ -123,7 +123,7 @@ def main():
             adds("a step that keeps pruned weights over a plain one", "pruned"),
             adds("a step of pruning on a schedule, by magnitude", "magnitude", times=times),
             *(adds(f"a step of pruning on a schedule, by {x}", x) for x in gradual if x != "magnitude"),
-            *(adds(f"a step of {MANY} rows, by {x}", x, f", {MANY} rows") for x in summing),
+            *(adds(f"a step of {n} rows, by {x}", x, f", {n} rows") for n in MORE for x in summing),
             claim(
                 "a distillation step over forward and step",
                 statistics.median(both),

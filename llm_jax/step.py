@@ -11,6 +11,7 @@ from llm_jax import tree
 from llm_jax.losses import GradFn, Loss, LossFn
 from llm_jax.platform import on_device
 from llm_jax.tasks.base import Batch
+from llm_jax.transforms.base import Guarded
 
 State = Any
 
@@ -58,7 +59,8 @@ def init_state(
 def make_step(loss: LossFn, grad: GradFn, optimizer: optax.GradientTransformationExtraArgs):
     """(state, batch) -> (state, metrics): the mean gradient over the global batch, and the update that the optimizer makes of it.
 
-    An update whose loss or gradient is not finite leaves params and moments as they are and is counted.
+    An update whose loss or gradient is not finite leaves params and moments as they are and is counted. The optimizer is told (`finite`), and need
+    not look unless it says that it does (`Guarded`).
     """
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
@@ -75,7 +77,7 @@ def make_step(loss: LossFn, grad: GradFn, optimizer: optax.GradientTransformatio
             return again.total / weight
 
         updates, opt_state = optimizer.update(
-            gradient, before, state.params, value=value, grad=gradient, value_fn=value_fn
+            gradient, before, state.params, value=value, grad=gradient, value_fn=value_fn, finite=finite
         )
         params = jax.tree.map(
             lambda p, u: p if u is None else jnp.where(finite, p + u, p).astype(p.dtype),
@@ -83,7 +85,12 @@ def make_step(loss: LossFn, grad: GradFn, optimizer: optax.GradientTransformatio
             updates,
             is_leaf=lambda x: x is None,
         )
-        opt_state = jax.tree.map(lambda new, old: jnp.where(finite, new, old), opt_state, before)
+        opt_state = jax.tree.map(
+            lambda new, old: new if isinstance(new, Guarded) else jnp.where(finite, new, old),
+            opt_state,
+            before,
+            is_leaf=lambda x: isinstance(x, Guarded),
+        )
         skip = 1 - finite.astype(jnp.int32)
         new = TrainState(
             state.step + 1,

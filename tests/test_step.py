@@ -16,6 +16,7 @@ from llm_jax.losses import Loss
 from llm_jax.models import presets, transformer
 from llm_jax.step import TrainState, differentiate, init_state, make_step
 from llm_jax.tasks import NextToken
+from llm_jax.transforms.base import Guarded
 
 START = {"a": np.array([1.0, -2.0, 0.5], np.float32), "b": {"c": np.array([[3.0, -1.0]], np.float32)}}
 
@@ -108,6 +109,21 @@ def test_an_update_that_is_not_finite_is_skipped(what):
     same_bits((after.params, after.opt_state), (clean.params, clean.opt_state))
 
 
+def test_a_part_of_the_state_that_the_update_guards_itself_is_taken_as_it_is():
+    def update(updates, state, params=None, *, finite, **extra):
+        return updates, (Guarded(state[0].value + jnp.where(finite, 1, 10)), state[1] + 1)
+
+    def init(params):
+        return Guarded(jnp.zeros((), jnp.int32)), jnp.zeros((), jnp.int32)
+
+    counting = optax.GradientTransformationExtraArgs(init, update)
+    step, state = jax.jit(make_step(loss, differentiate(loss), counting)), start(counting)
+    for batch, counts in ((batch_of(), (1, 1)), (batch_of(lift=np.nan), (11, 1)), (batch_of(), (12, 2))):
+        state, _ = step(state, batch)
+        assert (int(state.opt_state[0].value), int(state.opt_state[1])) == counts
+        assert isinstance(state.opt_state[0], Guarded)
+
+
 def test_the_counts():
     good, bad = batch_of(0), batch_of(0, lift=np.nan)
     state, told = run(bad, good, bad, bad, good, bad)
@@ -181,11 +197,11 @@ def test_params_keep_their_dtype():
 
 
 def test_what_an_optimizer_may_ask_for():
-    """The mean loss, its gradient, and the loss at other params of the same batch and key, a part of them left out or
-    not.
+    """The mean loss, its gradient, whether these are finite, and the loss at other params of the same batch and key, a part of them left out
+    or not.
     """
 
-    def update(updates, state, params=None, *, value, grad, value_fn, **extra):
+    def update(updates, state, params=None, *, value, grad, value_fn, finite, **extra):
         assert not extra
         elsewhere = jax.tree.map(lambda p: p + 1, params)
         return jax.tree.map(jnp.zeros_like, updates), (

@@ -46,6 +46,16 @@ class _UpdateChange(Protocol):
     def __call__(self, update: optax.GradientTransformation, /) -> optax.GradientTransformation: ...
 
 
+class Guarded(NamedTuple):
+    """A tree in an update's state that the update leaves as it is, bit for bit, where its extra argument `finite` is false.
+
+    The step leaves any other part of the state as it is itself. For what an update reads again once it is written: the step's own choice between
+    new and old would be one more pass over it.
+    """
+
+    value: Any
+
+
 Change = Callable[[ModelConfig, Params, Array], Params]
 """A tree like the params of the larger model from one like those of the smaller, by the key of the change"""
 

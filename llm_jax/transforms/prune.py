@@ -21,7 +21,7 @@ from llm_jax.models import transformer
 from llm_jax.models.config import ModelConfig
 from llm_jax.models.transformer import Params
 from llm_jax.transforms import scores
-from llm_jax.transforms.base import IDENTITY, Calibration, Transform, kept_moments, removed
+from llm_jax.transforms.base import IDENTITY, Calibration, Guarded, Transform, kept_moments, removed
 from llm_jax.transforms.scores import Rule, limits, matrix, parse_pattern, select, within
 
 TARGETS = (r".*/layers/(attention|cross)/(query|key|value|out)", r".*/layers/mlp/(up|gate|down)")
@@ -239,9 +239,9 @@ class PruneState(NamedTuple):
     inner: Any
     step: Array
     """updates made"""
-    hidden: Any = None
-    """straight through: the weights as they would be if none were removed"""
-    sums: Any = None
+    hidden: Guarded | None = None
+    """straight through: the weights as they would be if none were removed, which are what is trained"""
+    sums: Guarded | None = None
     """what movement sums up of the gradients"""
 
 
@@ -291,7 +291,10 @@ def _squares(state: Any) -> dict[str, Array]:
 def _gradual(
     rule: Rule, schedule: tuple[int, int, int], straight_through: bool
 ) -> Callable[[optax.GradientTransformation], optax.GradientTransformation]:
-    """An update that removes weights on the schedule. The choice is made when it is due alone; else it costs a select."""
+    """An update that removes weights on the schedule. The choice is made when it is due alone; else it costs a select.
+
+    `hidden` and `sums` are read again once they are written, by the choice, so the update itself leaves them as they are where it is skipped.
+    """
     (begin, end, every), score = schedule, scores.GRADUAL[rule.score]
 
     def update(inner: optax.GradientTransformation) -> optax.GradientTransformation:
@@ -311,23 +314,28 @@ def _gradual(
                     f"prune: on a schedule score {rule.score!r} reads second moments, which this optimizer does not keep: take adam or adamw"
                 )
 
-            def zeros() -> Any:
-                return jax.tree.map(jnp.zeros_like, targets)
-
-            hidden, sums = zeros() if straight_through else None, zeros() if score.add else None
+            hidden = Guarded(jax.tree.map(jnp.copy, targets)) if straight_through else None
+            sums = Guarded(jax.tree.map(jnp.zeros_like, targets)) if score.add else None
             return PruneState(below, jnp.zeros((), jnp.int32), hidden, sums)
 
-        def step(updates, state, params=None, **extra):
-            before, now, hidden, sums = _kept(params, rule.targets), state.step + 1, state.hidden, state.sums
-            weights = params
+        def step(updates, state, params=None, *, finite=True, **extra):
+            before, now = _kept(params, rule.targets), state.step + 1
+            weights, hidden, sums = params, None, None
             if straight_through:
-                weights = _at(lambda kept, p, h: jnp.where(kept, p, h), before, params, hidden)
+                weights = _at(lambda _, p, h: h, before, params, state.hidden.value)
             if add := score.add:
-                sums = _at(lambda _, s, w, g: add(s, w, g), before, sums, weights, updates)
-            updates, below = optimizer.update(updates, state.inner, weights, **extra)
+                sums = _at(
+                    lambda _, s, w, g: jnp.where(finite, add(s, w, g), s), before, state.sums.value, weights, updates
+                )
+            updates, below = optimizer.update(updates, state.inner, weights, finite=finite, **extra)
             if straight_through:
                 # all below reads these, not what they are made of, so that nothing is copied
-                hidden = _at(lambda _, h, w, u: w + jnp.where(u == 0, -0.0, u), before, hidden, weights, updates)
+                hidden = _at(
+                    lambda _, h, u: jnp.where(finite, h + jnp.where(u == 0, -0.0, u), h),
+                    before,
+                    state.hidden.value,
+                    updates,
+                )
                 updates = _at(lambda _, u, h, p: h - p, before, updates, hidden, params)
 
             due = (now > begin) & (now <= end) & ((now - begin) % every == 0)
@@ -352,7 +360,8 @@ def _gradual(
             stays = tree.map_with_name(lambda name, x: stays[name].reshape(x.shape), before)
             come_back = due & straight_through
             kept = jax.tree.map(lambda was, now: (was | come_back) & now, before, stays)
-            return _at(_settled, kept, updates, params), PruneState(below, now, hidden, sums)
+            beside = [None if x is None else Guarded(x) for x in (hidden, sums)]
+            return _at(_settled, kept, updates, params), PruneState(below, now, *beside)
 
         return optax.GradientTransformationExtraArgs(init, step)
 
