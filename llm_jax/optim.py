@@ -196,13 +196,12 @@ def _rule(
     except (TypeError, ValueError) as e:
         raise ConfigError(f"optimizer {settings.name!r} does not take these arguments: {e}") from e
     rule = optax.with_extra_args_support(rule)
-    if "hessian_diagonal_fn" not in declared:
-        return rule
 
-    def update(updates, state, params=None, *, value_fn=None, **extra):
-        return rule.update(
-            updates, state, params, obj_fn=value_fn, **extra
-        )  # as the estimators of the Hessian call the objective
+    def update(updates, state, params=None, *, finite=None, **extra):
+        del finite  # line searches refuse what they do not know
+        if "hessian_diagonal_fn" in declared:
+            extra["obj_fn"] = extra.pop("value_fn", None)  # as the estimators of the Hessian call the objective
+        return rule.update(updates, state, params, **extra)
 
     return optax.GradientTransformationExtraArgs(rule.init, update)
 
