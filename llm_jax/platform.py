@@ -16,6 +16,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental.compilation_cache import compilation_cache
 
 from llm_jax.errors import UserError
 
@@ -76,6 +77,17 @@ def setup() -> None:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
     if _tunes_memory():
         _keep_freed_memory()
+
+
+def compile_anew() -> None:
+    """From here on this process reads no program from the compilation cache and writes none. For programs over several CPUs.
+
+    XLA loads such a program without the order between the collectives inside of a loop or a branch and those beside it (jaxlib 0.10): two
+    devices then wait for each other for ever, in different ones.
+    """
+    if jax.config.jax_enable_compilation_cache:  # type: ignore[attr-defined]
+        jax.config.update("jax_enable_compilation_cache", False)
+        compilation_cache.reset_cache()  # jax looks at the setting once, when it first compiles
 
 
 def repeatable() -> bool:

@@ -18,6 +18,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from llm_jax import config, tree
 from llm_jax.errors import ConfigError
+from llm_jax.platform import compile_anew
 
 AXES = ("data", "fsdp", "tensor", "context")
 
@@ -45,10 +46,14 @@ RULES: dict[str, tuple[str, ...]] = {
 def make_mesh(sizes: config.Mesh = config.Mesh(), devices: Any = None) -> jax.sharding.Mesh:
     """The mesh of the given sizes over all devices (or those given); an axis of -1 takes what the others leave.
 
+    Over several CPUs it turns the compilation cache of this process off (`platform.compile_anew`).
+
     Raises:
         ConfigError: the sizes do not multiply to the number of devices, or TPU slices do not divide the axis data.
     """
     devices = jax.devices() if devices is None else devices
+    if len(devices) > 1 and devices[0].platform == "cpu":
+        compile_anew()
     slices = len({getattr(x, "slice_index", 0) for x in devices}) if devices[0].platform == "tpu" else 1
     shape = mesh_shape(sizes, len(devices), slices)
     placed = over_slices(shape, slices, devices) if slices > 1 else _arranged(shape, devices)

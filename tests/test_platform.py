@@ -72,3 +72,25 @@ def test_options_that_the_user_sets_or_xla_does_not_know_are_left_alone(monkeypa
     name, *rest = platform.compiler_options()  # on CPU
     monkeypatch.setenv("XLA_FLAGS", f"--{name}=false")
     assert rest and list(platform.compiler_options()) == rest
+
+
+MESHED = """
+import jax
+from llm_jax.platform import setup
+from llm_jax.sharding import make_mesh
+setup()
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+jax.jit(lambda x: x + 1).lower(1.0).compile()
+mesh = make_mesh()
+with jax.set_mesh(mesh):
+    jax.jit(lambda x: x + 2).lower(1.0).compile()
+"""
+
+
+@pytest.mark.parametrize("devices, kept", [(1, 2), (8, 1)])
+def test_no_program_over_several_cpus_goes_through_the_compilation_cache(devices, kept, tmp_path):
+    """XLA would load it without the order of its collectives, and the devices could wait for each other for ever."""
+    environment = {**os.environ, "JAX_NUM_CPU_DEVICES": str(devices), "JAX_COMPILATION_CACHE_DIR": str(tmp_path)}
+    environment.pop("XLA_FLAGS", None)
+    subprocess.run([sys.executable, "-c", MESHED], env=environment, check=True)
+    assert len([path for path in tmp_path.iterdir() if path.name.endswith("-cache")]) == kept
