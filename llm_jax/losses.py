@@ -4,8 +4,9 @@ Sums over tokens and their derivatives; what is a target and how it is weighted 
 """
 
 import functools
+import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -48,10 +49,24 @@ class Loss(NamedTuple):
     """of each target, as `weight` sums them up, for such terms to be means over the same"""
     rows: Any = None
     """the batch that was read, where it is not the one that was given, for such terms to read the same"""
+    parts: Any = None
+    """(the task's own loss, the sum of the terms added to it), which `total` is the sum of; None while it is all the task's"""
+
+    def plus(self, term: Any, metrics: Mapping[str, Array], task: float = 1.0) -> "Loss":
+        """With a further term, and the task's own loss times `task`; terms that others added stay as they are.
+
+        A metric whose name is taken goes by `NAME_2`, and so on.
+        """
+        own, beside = (self.total, 0.0) if self.parts is None else self.parts
+        own, beside, named = task * own, beside + term, dict(self.metrics)
+        for name, value in metrics.items():
+            place = next(n for i in itertools.count(1) if (n := name if i == 1 else f"{name}_{i}") not in named)
+            named[place] = value
+        return self._replace(total=own + beside, parts=(own, beside), metrics=named)
 
     def sums(self) -> "Loss":
         """What adds up, without what is there for transforms that add terms."""
-        return self._replace(outputs=None, weights=None, rows=None)
+        return self._replace(outputs=None, weights=None, rows=None, parts=None)
 
 
 LossFn = Callable[..., Loss]

@@ -168,6 +168,8 @@ def transform(model: Model, change: transforms.Transform, key: Array, aux: Any =
         change = transforms.spell(change, model.tokenizer)
     elif change.spelled:
         raise ConfigError(f"{change.label} names pieces of text, and the model has no tokenizer")
+    known = () if change.densify else model.card.get("pruned", {})
+    change = transforms.mask(change, tuple(map(re.escape, known)))
     config = change.config(model.config)
     with _mesh_of(model.params) as mesh:
         shapes = transformer.shapes(config)
@@ -175,7 +177,6 @@ def transform(model: Model, change: transforms.Transform, key: Array, aux: Any =
         make = jax.jit(change.params, static_argnums=0, out_shardings=placed)
         params = make(model.config, model.params, key, aux)
     parent = content_hash(model.params)
-    known = () if change.densify else model.card.get("pruned", {})
     still = [re.escape(path) for path in known if path in tree.names(params)]
     stated = transforms.chain(transforms.keep_zeros(still), change).card(params)
     if config.lora_rank:
@@ -208,6 +209,8 @@ def merge(models: Sequence[Model], change: transforms.Transform, name: str = "")
     Raises:
         UserError: models of other sizes than the first, with another tokenizer, or with factors of low rank, whose product is not that of averages.
     """
+    if not models:
+        raise UserError("merge: there are no models")
     first, *others = models
     if first.config.lora_rank:
         raise UserError(

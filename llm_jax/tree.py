@@ -40,13 +40,17 @@ def match(tree: Tree, regexes: Sequence[str], what: str = "regex") -> Tree:
     """At each leaf the index of the first regex that matches its whole path, or -1.
 
     Raises:
-        ConfigError: a regex that matches no parameter.
+        ConfigError: a regex that is none, or matches no parameter.
 
     >>> match({"a": {"c": 2}, "b": 1}, ["a/.*"])
     {'a': {'c': 0}, 'b': -1}
     """
     every = names(tree)
     for regex in regexes:
+        try:
+            re.compile(regex)
+        except (re.error, TypeError) as e:
+            raise ConfigError(f"{what} {regex!r} is no regular expression: {e}") from e
         if not any(re.fullmatch(regex, name) for name in every):
             raise ConfigError(f"{what} {regex!r} matches no parameter{suggest(regex, every)}")
     return map_with_name(lambda name, _: next((i for i, r in enumerate(regexes) if re.fullmatch(r, name)), -1), tree)

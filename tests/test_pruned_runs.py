@@ -15,7 +15,7 @@ from llm_jax.config import Batch, Checkpoint, Data, Eval, Optimizer, Run
 from llm_jax.errors import CheckpointError, ConfigError
 from llm_jax.models.config import ModelConfig
 from llm_jax.tasks import NextToken
-from llm_jax.transforms import densify, grow_depth, lengthen, lora, prune, shrink, unfreeze
+from llm_jax.transforms import densify, grow_depth, lengthen, lora, prune, shrink, silence, unfreeze
 
 UP = "decoder/layers/mlp/up"
 
@@ -88,6 +88,29 @@ def test_a_later_run_keeps_the_zeros_unless_told_to_densify(pruned, corpus, tmp_
     loop.train(dataclasses.replace(kept, workdir=str(tmp_path / "dense"), transforms=(densify(),)))
     assert not zeros(tmp_path / "dense").any()
     assert "pruned" not in checkpoint.read_card(tmp_path / "dense")
+    for folder, schedule, share in (("again", None, 0.25), ("gradual", (0, 4, 2), 0.25)):
+        anew = (densify(), prune(0.25, schedule=schedule))
+        loop.train(dataclasses.replace(kept, workdir=str(tmp_path / folder), transforms=anew))
+        assert zeros(tmp_path / folder).mean() == share, folder
+
+
+def test_what_is_silenced_stays_so_until_it_is_removed(corpus, tmp_path):
+    """Masks first, training, and the smaller model later: its logits are those of the masked one."""
+    loop.train(run_of(corpus, tmp_path / "quiet", transforms=(silence(mlp=0.5),)))
+    quiet = model.load(tmp_path / "quiet")
+    assert quiet.card["pruned"] == {"decoder/layers/mlp/down": 0.5}
+    small = model.transform(quiet, shrink(mlp=0.5), jax.random.key(0))
+    assert not small.card["pruned"] and small.config.mlp_size == quiet.config.mlp_size // 2
+    batch = {"tokens": np.arange(16).reshape(2, 8)}
+    before, after = (np.asarray(model.apply(x, batch).logits) for x in (quiet, small))
+    np.testing.assert_allclose(after, before, atol=1e-5 * np.abs(before).max())
+
+
+def test_a_schedule_begins_where_it_is_told_to(corpus, tmp_path, pruned):
+    further = prune(0.9, schedule=(0, 4, 2), initial=0.75)
+    run = run_of(corpus, tmp_path / "more", start=str(pruned), model=None, transforms=(further,))
+    loop.train(run)
+    assert zeros(run.folder).mean() == pytest.approx(0.9, abs=1e-3) and np.all(zeros(run.folder)[zeros(pruned)])
 
 
 def test_a_change_hands_the_masks_on(pruned):

@@ -68,7 +68,7 @@ def anchor(
             total = (
                 found.weight * penalty
             )  # totals are divided by the sum of the weights, so that slices add up to it once
-            return found._replace(total=found.total + total, metrics={**found.metrics, "anchor": total})
+            return found.plus(total, {"anchor": total})
 
         return anchored
 
@@ -91,7 +91,7 @@ def _divergence(model: Any, strength: float) -> Callable[[LossFn], LossFn]:
             batch = rows_of(found, batch)
             said = say(names, sizes, reference["anchor"], batch, found.outputs)
             term = strength * differ(names, rule, found.outputs, said, weights_of(found, batch))
-            return found._replace(total=found.total + term, metrics={**found.metrics, "anchor": term})
+            return found.plus(term, {"anchor": term})
 
         return anchored
 

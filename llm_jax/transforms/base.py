@@ -139,6 +139,9 @@ class Transform(NamedTuple):
     """whether the optimizer goes on from its state in the run that the model comes from, grown with the model (`moments.carry`)"""
     spelled: "Callable[[Tokenizer], Transform] | None" = None
     """the same change for a tokenizer, where it names pieces of text; until then its `params` give weights of the right shapes alone"""
+    pruned: "Callable[[tuple[str, ...]], Transform] | None" = None
+    """the same change of a model whose zeros are masks in the weights that these regexes name, where that makes a difference; `chain` tells it
+    the masks of those before it"""
 
 
 IDENTITY = Transform(label="identity")
@@ -149,6 +152,36 @@ def chain(*transforms: Transform) -> Transform:
 
     Each member sees the config that those before it made, and the same key and aux.
     """
+    if any(transform.pruned for transform in transforms):
+        return _masked(transforms, ())
+    return _composed(transforms)
+
+
+def _masked(transforms: tuple[Transform, ...], known: tuple[str, ...]) -> Transform:
+    """The chain of changes of a model whose zeros are masks in `known`, each told of these and of what those before it prune."""
+    told, regexes = [], known
+    for transform in transforms:
+        told.append(mask(transform, regexes))
+        regexes += transform.masks
+    made = _composed(tuple(told))
+
+    def spelled(tokenizer: Tokenizer) -> Transform:
+        return _masked(tuple(spell(transform, tokenizer) for transform in transforms), known)
+
+    return made._replace(spelled=spelled if made.spelled else None, pruned=lambda known: _masked(transforms, known))
+
+
+def mask(transform: Transform, known: tuple[str, ...]) -> Transform:
+    """The transform of a model whose zeros are masks in the weights that the regexes name; most do not ask."""
+    return transform if transform.pruned is None else transform.pruned(known)
+
+
+def _composed(transforms: tuple[Transform, ...]) -> Transform:
+    """`chain` of transforms that know all that they ask for."""
+    for i, transform in enumerate(transforms):
+        pruning = next((other for other in transforms[:i] if other.masks), None)
+        if transform.densify and pruning is not None:
+            raise ConfigError(f"{transform.label} comes after {pruning.label}, whose zeros it would take for weights")
 
     def config(sizes: ModelConfig) -> ModelConfig:
         for transform in transforms:

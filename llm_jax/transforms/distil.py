@@ -120,7 +120,7 @@ def distil(
                 tokens = _Tokens(batch, own, weights)
                 matrices = params[PROJECTIONS] if projected else None
                 terms |= _states(tokens, own, said, bool(cosine), bool(hidden), bool(attention), pairs, matrices)
-            return _add(found, task, factors, terms)
+            return found.plus(sum(factors[name] * term for name, term in terms.items()), terms, task)
 
         return added
 
@@ -153,7 +153,7 @@ def cached(
 
     Raises:
         ConfigError: a factor below 0 or nothing to minimise, or, when the loss is traced, rows without what the cache holds.
-        DataError: no cache there, or, before the first step, one of other rows.
+        DataError: no cache there, or, before the first step, one of other data; at the first row that it lacks, one of too few steps.
     """
     if (soft, task) == (0, 1):
         return IDENTITY
@@ -168,7 +168,7 @@ def cached(
         def added(params: Any, batch: Any, key: Any, reference: Any) -> Loss:
             found = inner(params, batch, key, reference)
             if key is None or not soft:
-                return found if key is None else _add(found, task, {}, {})
+                return found if key is None else found.plus(0.0, {}, task)
             if "teacher_ids" not in batch:
                 raise ConfigError(f"cached: the rows of this run bring nothing of the teacher's cache {path}")
             if found.outputs.kernel is None:
@@ -178,7 +178,7 @@ def cached(
             ids, log_p = batch["teacher_ids"], batch["teacher_log_p"]
             weights = weights_of(found, batch)
             term = divergences.over_top_k(rule, found.outputs, ids, log_p, weights, temperature)
-            return _add(found, task, {"soft": soft}, {"soft": term})
+            return found.plus(soft * term, {"soft": term}, task)
 
         return added
 
@@ -299,12 +299,6 @@ def differ(
             f"{names.change}: the {names.teacher} has {b.shape[-1]} classes, the {names.student} {a.shape[-1]}"
         )
     return divergences.over_classes(rule, a, b, weights, temperature)
-
-
-def _add(found: Loss, task: float, factors: dict[str, float], terms: dict[str, Array]) -> Loss:
-    """A loss with further terms."""
-    total = task * found.total + sum(factors[name] * term for name, term in terms.items())
-    return found._replace(total=total, metrics={**found.metrics, **terms})
 
 
 class _Tokens:

@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+import functools
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
@@ -56,6 +57,8 @@ def lora(
     Raises:
         ConfigError: a value that is not allowed, a target that matches no weight, a layer that is not there, a model with other factors.
     """
+    if type(rank) is not int:
+        raise ConfigError(f"lora: rank is {rank!r}: it must be an int")
     targets, also = ((x,) if isinstance(x, str) else tuple(x) for x in (targets, also))
     fields: dict[str, Any] = dict(
         lora_rank=rank,
@@ -66,7 +69,7 @@ def lora(
     )
     ModelConfig(architecture="encoder-decoder", mlp="gated_silu", **fields)  # has every weight that a target may mean
     layers = None if layers is None else tuple(layers)
-    if layers is not None and (not layers or min(layers) < 0):
+    if layers is not None and (not layers or any(type(i) is not int or i < 0 for i in layers)):
         raise ConfigError(f"lora: layers is {layers}: name some of the layers by number, from 0 below")
     if not rank:
         return IDENTITY
@@ -111,9 +114,14 @@ def merge_lora(*, keep_zeros: bool = True) -> Transform:
     """W + alpha/rank A B in place of W, A and B: the same function without factors (Hu et al. 2021, section 4.1). A model without any stays as it is.
 
     Args:
-        keep_zeros: a weight of the base that is zero, as pruning leaves it, stays zero; the function of such a model then changes. Of a base that
-            is not pruned and has zeros nevertheless, take False.
+        keep_zeros: what is pruned stays zero: zeros in weights that the card of the model, or a change before this one, names as pruned. The function
+            of such a model then changes. Zeros in others are weights like any other.
     """
+    return _folded(keep_zeros, ())._replace(pruned=functools.partial(_folded, True) if keep_zeros else None)
+
+
+def _folded(keep_zeros: bool, pruned: tuple[str, ...]) -> Transform:
+    """`merge_lora` of a model whose zeros are masks in the weights that the regexes name."""
 
     def config(sizes: ModelConfig) -> ModelConfig:
         return sizes.replace(**WITHOUT) if sizes.lora_rank else sizes
@@ -126,8 +134,9 @@ def merge_lora(*, keep_zeros: bool = True) -> Transform:
             if f"{name}_lora_a" not in leaves:
                 return w
             delta = sizes.lora_scale * product(leaves[f"{name}_lora_a"], leaves[f"{name}_lora_b"])
-            merged = marked((w + delta).astype(w.dtype), removed(w))
-            return jnp.where(removed(w), w, merged) if keep_zeros else merged
+            gone = removed(w)
+            merged = marked((w + delta).astype(w.dtype), gone)
+            return jnp.where(gone, w, merged) if any(re.fullmatch(regex, name) for regex in pruned) else merged
 
         return tree.map_with_name(one, without(weights))
 

@@ -1,5 +1,6 @@
 """Merging: one model of several that share their sizes. The first is the model that is changed, the others come as `aux`."""
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -86,9 +87,16 @@ def merge(
         raise ConfigError(f"merge: weights are {tuple(weights)}: they must not be negative, and one must be above 0")
     if weights and method != "mean":
         raise ConfigError(f"merge: weights are of the mean: they do not go with {method}")
+    if not math.isfinite(scale):
+        raise ConfigError(f"merge: scale is {scale}: it must be a finite number")
     for name, value in (("decay", decay), ("t", t), ("keep", keep)):
         if not 0 <= value <= 1:
             raise ConfigError(f"merge: {name} is {value}: it must lie in [0, 1]")
+    own = {"decay": ("moving_average",), "t": ("slerp",), "scale": ("task_vectors", "ties"), "keep": ("ties",)}
+    given = {"decay": decay, "t": t, "scale": scale, "keep": keep}
+    for name, value in given.items():
+        if method not in own[name] and value != (merge.__kwdefaults__ or {})[name]:
+            raise ConfigError(f"merge: {name} is of {' and '.join(own[name])}: it does not go with {method}")
     if not keep:
         raise ConfigError("merge: keep is 0: ties would change nothing")
 
@@ -114,7 +122,7 @@ def merge(
         return (lambda x: task_vectors(x, scale)) if method == "task_vectors" else lambda x: ties(x, scale, keep)
 
     def params(config: ModelConfig, params: Params, key: Array, aux: Any) -> Params:
-        one = rule(1 + len(aux))
+        one = rule(1 + len(aux or ()))
 
         def leaf(name: str, *each: Array) -> Array:
             stacked = jnp.stack(each)

@@ -21,7 +21,7 @@ from llm_jax.models import transformer
 from llm_jax.models.config import ModelConfig
 from llm_jax.models.transformer import Params
 from llm_jax.transforms import scores
-from llm_jax.transforms.base import IDENTITY, Calibration, Guarded, Transform, kept_moments, removed
+from llm_jax.transforms.base import IDENTITY, Calibration, Guarded, Transform, kept_moments, marked, removed
 from llm_jax.transforms.scores import Rule, limits, matrix, parse_pattern, select, within
 
 TARGETS = (r".*/layers/(attention|cross)/(query|key|value|out)", r".*/layers/mlp/(up|gate|down)")
@@ -52,6 +52,7 @@ def prune(
     pattern: str = "unstructured",
     targets: Sequence[str] = TARGETS,
     schedule: tuple[int, int, int] | None = None,
+    initial: float = 0.0,
     straight_through: bool = False,
     batches: int = 8,
     sequential: bool = True,
@@ -71,6 +72,7 @@ def prune(
         targets: regexes of the weights, all of them matrices of products in the layers.
         schedule: (begin, end, every): after each `every` updates from `begin` to `end` the share that `cubic` tells goes, by the weights of
             that time; the sparsity is reached with update `end`. Updates that were skipped do not count.
+        initial: with a schedule: the share that it begins with, as of a model that is pruned so far already.
         straight_through: with a schedule: until `end` what is removed goes on being trained, by the gradient at zero, beside the params, and may
             come back (straight-through estimator; Bengio et al. 2013). Movement pruning is meant to be used so.
         batches: calibration rows that taylor, fisher, wanda and sparsegpt look at, in batches of the run; none on a schedule. Where the run
@@ -84,10 +86,12 @@ def prune(
     targets = (targets,) if isinstance(targets, str) else tuple(targets)
     rule = Rule(sparsity, score, scope, parse_pattern(pattern), targets)
     _check(rule, pattern, schedule, straight_through, batches)
+    if not 0 <= initial <= sparsity or (initial and not schedule):
+        raise ConfigError(f"prune: initial is {initial}: it goes with a schedule, and must lie in [0, sparsity]")
     if not sparsity:
         return IDENTITY
     told: dict[str, Any] = dict(score=score, scope=scope, pattern=pattern, targets=rule.targets, schedule=schedule)
-    told |= dict(straight_through=straight_through, batches=batches, sequential=sequential)
+    told |= dict(initial=initial, straight_through=straight_through, batches=batches, sequential=sequential)
     default = prune.__kwdefaults__ or {}
     label = ", ".join([f"{sparsity}", *(f"{k}={v!r}" for k, v in told.items() if v != default[k])])
 
@@ -117,7 +121,7 @@ def prune(
 
     return Transform(
         params=kept_moments(params) if schedule else params,
-        update=_gradual(rule, schedule, straight_through) if schedule else _hold(rule.targets),
+        update=_gradual(rule, schedule, initial, straight_through) if schedule else _hold(rule.targets),
         label=f"prune({label})",
         calibration=batches if score in FROM_DATA and not schedule else 0,
         steps=schedule[1] if schedule else 0,
@@ -289,7 +293,7 @@ def _squares(state: Any) -> dict[str, Array]:
 
 
 def _gradual(
-    rule: Rule, schedule: tuple[int, int, int], straight_through: bool
+    rule: Rule, schedule: tuple[int, int, int], initial: float, straight_through: bool
 ) -> Callable[[optax.GradientTransformation], optax.GradientTransformation]:
     """An update that removes weights on the schedule. The choice is made when it is due alone; else it costs a select.
 
@@ -349,7 +353,7 @@ def _gradual(
                 return {name: score.worth(x, read.get(name, x)) for name, x in chosen.items()}
 
             def found(chosen: dict[str, Array], read: dict[str, Array]) -> Any:
-                return limits(rule, worth(chosen, read), chosen, cubic(now, begin, end, 1.0))
+                return limits(rule, worth(chosen, read), chosen, cubic(now, begin, end, 1.0, initial / rule.sparsity))
 
             # of the weights before this update, straight through after it; of moments before it
             chosen = matrices(hidden if straight_through else weights)
@@ -392,8 +396,12 @@ def keep_zeros(names: Sequence[str]) -> Transform:
 
 
 def densify() -> Transform:
-    """A run from a pruned model that says so trains its zeros like other weights."""
-    return Transform(label="densify()", densify=True)
+    """A run from a pruned model that says so trains its zeros like other weights; a `prune` after it begins anew."""
+
+    def params(config: ModelConfig, params: Params, key: Array, aux: Any) -> Params:
+        return jax.tree.map(lambda x: marked(x, jnp.zeros((), bool)), params)
+
+    return Transform(params=kept_moments(params), label="densify()", densify=True)
 
 
 def sparsities(params: Params, names: Sequence[str]) -> dict[str, float]:

@@ -17,8 +17,9 @@ from llm_jax.errors import ConfigError, choose
 from llm_jax.models import transformer
 from llm_jax.models.config import ModelConfig
 from llm_jax.models.transformer import Params
-from llm_jax.transforms.base import Transform, take
+from llm_jax.transforms.base import Transform, marked, removed, take
 from llm_jax.transforms.importance import FROM_ROWS, METHODS, OUTGOING, best, best_heads, importance, stacks
+from llm_jax.transforms.prune import keep_zeros
 
 Size = float | int | None
 """The share kept (a float in (0, 1]), the number kept (an int), or None for all"""
@@ -95,9 +96,9 @@ def silence(
 ) -> Transform:
     """The model of the same sizes in which all that `shrink` with these arguments would remove adds 0 to the residual stream.
 
-    The outgoing weights of neurons and heads are set to 0, with their biases those of layers. `shrink` by magnitude then removes
-    exactly these and keeps the function, layers with their norm after the branch excepted. Training moves the zeros unless they are
-    held. Channels are not silenced: the norms would still count them. Arguments and errors as of `shrink`.
+    The outgoing weights of neurons and heads are set to 0, with their biases those of layers, and the update keeps them there as that of
+    `prune` does. `shrink` by magnitude, at once or after training, then removes exactly these and keeps the function, layers with their norm
+    after the branch excepted. Channels are not silenced: the norms would still count them. Arguments and errors as of `shrink`.
     """
     asked = _Asked("silence", mlp, heads, layers, decoder_layers, None, by, multiple, batches)
 
@@ -108,9 +109,12 @@ def silence(
     def params(config: ModelConfig, params: Params, key: Array, aux: Any) -> Params:
         if asked.config(config) == config:
             return params
-        return _zero(params, asked.kept(config, params, key, aux))
+        return _zero(params, asked.kept(config, params, key, aux), asked.biases)
 
-    return Transform(config=config, params=params, label=asked.label, calibration=asked.calibration)
+    masks = asked.silenced
+    if not masks:
+        return Transform(config=config, params=params, label=asked.label)
+    return keep_zeros(masks)._replace(config=config, params=params, label=asked.label, calibration=asked.calibration)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,6 +164,18 @@ class _Asked:
         """Batches of rows that the choice looks at."""
         chosen = (self.mlp, self.heads, self.layers, self.decoder_layers, self.dim)
         return self.batches if self.by in FROM_ROWS and any(type(size) in (int, float) for size in chosen) else 0
+
+    @property
+    def biases(self) -> bool:
+        """Whether layers go, and so the biases of what they write."""
+        return any(map(_less, (self.layers, self.decoder_layers)))
+
+    @property
+    def silenced(self) -> tuple[str, ...]:
+        """The weights, as regexes, in which zeros stand for what goes; empty where everything stays."""
+        bias = "(_bias)?" if self.biases else ""
+        asked = {"(attention|cross)/out": self.heads, "mlp/down": self.mlp}
+        return tuple(f".*/layers/{name}{bias}" for name, size in asked.items() if self.biases or _less(size))
 
     def number(self, what: str, wanted: Size, size: int, multiple: int = 1) -> int:
         """How many of `size` stay."""
@@ -265,6 +281,11 @@ class _Asked:
         return kept
 
 
+def _less(size: Size | Sequence[int]) -> bool:
+    """Whether a size asks for less than all, as far as it tells without a model."""
+    return size is not None and not (type(size) is float and size == 1)
+
+
 def _depth(config: ModelConfig, side: str) -> int:
     return config.encoder_depth if side == "encoder" else config.decoder_depth
 
@@ -292,8 +313,8 @@ def _take(config: ModelConfig, params: Params, kept: Kept) -> Params:
     return tree.map_with_name(one, params, transformer.axes(config))
 
 
-def _zero(params: Params, kept: Kept) -> Params:
-    """The params with 0 where what does not stay writes to the residual stream."""
+def _zero(params: Params, kept: Kept, biases: bool) -> Params:
+    """The params with 0 where what does not stay writes to the residual stream; in biases, where they go, no other 0 is a mask."""
 
     def silenced(path: str, block: Params, name: str) -> Params:
         depth, units = block[name].shape[:2]
@@ -305,7 +326,9 @@ def _zero(params: Params, kept: Kept) -> Params:
         made = {**block, name: jnp.where(stays.reshape(depth, units, *(1,) * (block[name].ndim - 2)), block[name], 0)}
         if f"{name}_bias" in block:
             present = jnp.zeros((depth, 1), bool).at[rows].set(True)
-            made[f"{name}_bias"] = jnp.where(present, block[f"{name}_bias"], 0)
+            bias = block[f"{name}_bias"]
+            gone = ~present if biases else removed(bias)
+            made[f"{name}_bias"] = marked(jnp.where(present, bias, 0), gone)
         return made
 
     for side, layers in stacks(params):

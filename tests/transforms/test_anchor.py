@@ -109,6 +109,24 @@ def test_a_teacher_beside_it(problem, old, information):
     assert float(both.metrics["anchor"]) == pytest.approx(float(apart[1].metrics["anchor"]), rel=1e-5)
 
 
+@pytest.mark.parametrize("kind", ["l2", "kl"])
+def test_the_factor_of_the_task_is_of_the_task_alone(problem, old, information, kind):
+    """In either order, and beside another anchor, whose metric has a name of its own."""
+    hold, more = anchor(old, kind, strength=STRENGTH), anchor(old, "l2", strength=2.0)
+    for task in (0.0, 0.3):
+        teach = distil(information, task=task)
+        reference = {"teacher": information.params, "anchor": old.params}
+        orders = (chain(hold, more, teach), chain(teach, hold, more), chain(hold, teach, more))
+        found = [run(problem, change, reference)[0] for change in orders]
+        own = found[0].metrics
+        expected = task * problem.whole[0].total + own["soft"] + own["anchor"] + own["anchor_2"]
+        for each in found:
+            assert float(each.total) == pytest.approx(float(expected), rel=1e-5)
+            assert {name: float(x) for name, x in each.metrics.items()} == pytest.approx(
+                {name: float(x) for name, x in own.items()}, rel=1e-6
+            )
+
+
 def test_a_step(problem, old):
     """The step reports the objective and moves the weights towards the older model when nothing else counts."""
     change = anchor(old, strength=1e4)

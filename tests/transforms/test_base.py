@@ -7,8 +7,9 @@ import optax
 import pytest
 
 from llm_jax import tree
+from llm_jax.errors import ConfigError
 from llm_jax.models.config import ModelConfig
-from llm_jax.transforms import IDENTITY, Transform, chain, spell
+from llm_jax.transforms import IDENTITY, Transform, chain, mask, spell
 
 SIZES = ModelConfig(dim=8, heads=2)
 
@@ -34,10 +35,11 @@ def named(name: str) -> Transform:
         rows=lambda batch, fingerprint: {**batch, "rows": (*batch["rows"], (name, fingerprint["of"]))},
         masks=(f"{name}/.*",),
         trained=lambda params: tree.map_with_name(lambda path, _: path != name, params),
-        densify=name == "bb",
+        densify=name == "a",
         offload=name == "a",
         moments=name == "ccc",
         spelled=lambda tokenizer: Transform(label=f"{name} of {tokenizer}"),
+        pruned=(lambda known: named("c" * (3 + len(known)))._replace(pruned=None)) if name == "ccc" else None,
     )
 
 
@@ -66,6 +68,7 @@ def effect(change: Transform) -> tuple[Any, ...]:
         change.offload,
         change.moments,
         spell(change, "t").label,  # type: ignore[arg-type]
+        mask(change, ("x", "y")).label,
     )
 
 
@@ -90,8 +93,22 @@ def test_members_apply_in_turn():
         True,
         False,
         "a of t, bb of t",
+        "a, bb",
     )
-    assert effect(chain(A, B)) != effect(chain(B, A))
+    assert effect(chain(B, C)) != effect(chain(C, B))
+
+
+def test_what_asks_for_it_is_told_what_is_pruned_before_it():
+    """By name how many: `ccc` grows by a letter for each regex."""
+    alone, after = chain(C), chain(A, C, B)
+    assert (alone.label, after.label) == ("ccc", "a, cccc, bb")
+    assert mask(after, ("x", "y")).label == "a, cccccc, bb" == mask(chain(A, chain(C, B)), ("x", "y")).label
+    assert mask(spell(after, "t"), ("x",)).label == "a of t, ccc of t, bb of t"  # type: ignore[arg-type]
+
+
+def test_zeros_of_the_start_alone_can_be_trained():
+    with pytest.raises(ConfigError, match="a comes after bb, whose zeros it would take for weights"):
+        chain(B, A)
 
 
 def test_a_record_has_no_part_that_is_not_tried_here():

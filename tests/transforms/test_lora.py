@@ -11,13 +11,13 @@ from llm_jax import flops, optim, tree
 from llm_jax.config import Optimizer, Schedule, to_dict
 from llm_jax.errors import CheckpointError, ConfigError
 from llm_jax.interop import families, huggingface
-from llm_jax.model import Model
+from llm_jax.model import Model, transform
 from llm_jax.models import presets, transformer
 from llm_jax.models.config import ModelConfig
 from llm_jax.models.layers import multiply, weight
 from llm_jax.step import differentiate, init_state, make_step
 from llm_jax.tasks import NextToken
-from llm_jax.transforms import IDENTITY, chain
+from llm_jax.transforms import IDENTITY, chain, densify, keep_zeros
 from llm_jax.transforms.freeze import freeze
 from llm_jax.transforms.lora import lora, merge_lora
 from tests.families import FAMILIES, Tiny, batch_of, random_params, tiny_model
@@ -129,13 +129,20 @@ def test_pruned_weights_stay_zero_on_demand():
         lambda n, x: np.where(np.abs(x) < 0.1, 0, x).astype(np.float32) if n.endswith("mlp/up") else x,
         random_params(config),
     )
-    tiny, expected = Tiny("bert", config, params), folded(config, params)
+    expected = folded(config, params)
     before = leaves(params)["encoder/layers/mlp/up"]
-    kept, free = (
-        leaves(laws.changed(change, tiny)[1])["encoder/layers/mlp/up"]
-        for change in (merge_lora(), merge_lora(keep_zeros=False))
-    )
+    pruned, also = {"encoder/layers/mlp/up": 0.5}, {"encoder/layers/mlp/down": 0.1}
+
+    def folded_in(change, card):
+        start = Model(config, params, None, {"pruned": card})
+        return leaves(transform(start, change, jax.random.key(0)).params)["encoder/layers/mlp/up"]
+
+    kept, free = folded_in(merge_lora(), pruned), folded_in(merge_lora(keep_zeros=False), pruned)
     assert (before == 0).mean() > 0.3 and (free != 0).all()
+    # zeros that no card and no change names are weights like any other
+    np.testing.assert_array_equal(free, folded_in(merge_lora(), also))
+    np.testing.assert_array_equal(free, folded_in(chain(densify(), merge_lora()), pruned))
+    np.testing.assert_array_equal(kept, folded_in(chain(keep_zeros(".*mlp/up"), merge_lora()), also))
     np.testing.assert_array_equal(kept == 0, before == 0)
     np.testing.assert_allclose(kept, np.where(before == 0, 0, leaves(expected)["encoder/layers/mlp/up"]), atol=1e-6)
 
@@ -365,6 +372,8 @@ def test_it_is_not_exported_as_it_is(tmp_path):
     "arguments, message",
     [
         (dict(rank=-1), "model.lora_rank is -1: it must not be negative"),
+        (dict(rank=1.5), "lora: rank is 1.5: it must be an int"),
+        (dict(rank=2, layers=(0.5,)), "lora: layers is (0.5,): name some of the layers by number, from 0 below"),
         (dict(rank=2, alpha=0.0), "model.lora_alpha is 0.0: it must be above 0 and finite"),
         (dict(rank=2, targets=()), "model.lora_targets is empty: name the weights of the layers that get factors"),
         (dict(rank=2, targets=("attention/quer",)), "model.lora_targets 'attention/quer' matches no weight; did you mean 'attention/query'?"),

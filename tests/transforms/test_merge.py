@@ -128,9 +128,14 @@ def test_what_does_not_go_together():
         (dict(t=1.5), r"t is 1.5: it must lie in \[0, 1\]"),
         (dict(method="ties", weights=(1, 2)), "weights are of the mean: they do not go with ties"),
         (dict(method="ties", keep=0.0), "keep is 0: ties would change nothing"),
+        (dict(method="ties", scale=float("nan")), "scale is nan: it must be a finite number"),
+        (dict(method="slerp", decay=0.1), "decay is of moving_average: it does not go with slerp"),
+        (dict(method="mean", scale=2.0), "scale is of task_vectors and ties: it does not go with mean"),
     ):
         with pytest.raises(ConfigError, match=said):
             merge(**arguments)
+    with pytest.raises(UserError, match="there are no models"):
+        model.merge([], merge())
 
 
 def test_factors_are_not_averaged():

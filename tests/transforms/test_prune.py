@@ -546,6 +546,23 @@ def test_a_schedule(problem):
     assert all((matrices(states[-1].params)[name][x] == 0).all() for name, x in gone.items()), "what went stays away"
 
 
+def test_a_schedule_goes_on_from_a_sparsity():
+    begun, total = prune(0.8, schedule=(0, 4, 1), initial=0.5), 10_000
+    rule = begun.update(optax.sgd(0.0))
+    x = np.random.default_rng(0).permutation(total).reshape(1, 100, 100).astype(np.float32) + 1
+    params = {"decoder": {"layers": {"mlp": {"up": jnp.asarray(np.where(x <= total / 2, 0, x))}}}}
+    state, shares = rule.init(params), []
+    for _ in range(4):
+        updates, state = rule.update(params, state, params)
+        params = optax.apply_updates(params, updates)
+        shares.append(float(np.mean(params["decoder"]["layers"]["mlp"]["up"] == 0)))
+    np.testing.assert_allclose(shares, [0.8 - 0.3 * (1 - i / 4) ** 3 for i in (1, 2, 3, 4)], atol=1e-4)
+    assert begun.label == "prune(0.8, schedule=(0, 4, 1), initial=0.5)"
+    for arguments in (dict(initial=0.5), dict(initial=0.9, schedule=(0, 4, 1)), dict(initial=-0.1, schedule=(0, 4, 1))):
+        with pytest.raises(ConfigError, match="it goes with a schedule, and must lie in"):
+            prune(0.8, **arguments)
+
+
 def test_the_cubic_schedule():
     steps = np.arange(0, 130, 10)
     final, initial, begin, dt, n = 0.9, 0.1, 20, 10, 8

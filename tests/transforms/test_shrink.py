@@ -5,15 +5,17 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
+from llm_jax import tree
 from llm_jax.errors import ConfigError
 from llm_jax.interop import huggingface
 from llm_jax.losses import Loss
 from llm_jax.model import Model, load
 from llm_jax.models import transformer
 from llm_jax.models.layers import Embedding
-from llm_jax.transforms.base import Calibration, chain
+from llm_jax.transforms.base import IDENTITY, Calibration, chain
 from llm_jax.transforms.importance import activation, importance, magnitude, taylor
 from llm_jax.transforms.shrink import shrink, silence
 from tests.families import FAMILIES, Tiny, batch_of, tiny_model
@@ -113,6 +115,28 @@ def test_silenced_first_and_removed_later_is_removed_at_once(name: str, by: str)
     at_once, later = after(shrink(**sizes, by=by), tiny, aux), after(compact, quiet)
     assert at_once.config == later.config
     jax.tree.map(np.testing.assert_array_equal, at_once.params, later.params)
+
+
+def test_training_leaves_what_is_silenced_silent():
+    """Neurons, heads and a layer with its biases; biases of other layers that are zero at the start are trained."""
+    tiny = tiny_model("gpt2")
+    params = tree.map_with_name(lambda name, x: x * 0 if name.endswith("_bias") else x, tiny.params)
+    sizes = dict(mlp=10, heads=2, layers=1)
+    change = silence(**sizes)
+    quiet = after(change, tiny._replace(params=params))
+    rule = change.update(optax.adamw(1e-2, weight_decay=0.1))
+    trained, state = quiet.params, rule.init(quiet.params)
+    for i in range(3):
+        gradient = jax.tree.map(lambda x, i=i: jnp.cos(i + jnp.arange(x.size)).reshape(x.shape), trained)
+        updates, state = rule.update(gradient, state, trained)
+        trained = optax.apply_updates(trained, updates)
+    bias = trained["decoder"]["layers"]["mlp"]["down_bias"]
+    assert sorted(np.mean(np.asarray(bias) == 0, axis=1)) == [0, 1]
+    assert np.any(trained["decoder"]["layers"]["mlp"]["up"] != quiet.params["decoder"]["layers"]["mlp"]["up"])
+    laws.keeps_function(shrink(**sizes), quiet._replace(params=jax.device_get(trained)))
+    stated = change.card(trained)["pruned"]
+    assert stated["decoder/layers/mlp/down_bias"] == 0.5 and len(stated) == 4
+    assert silence(mlp=1.0).masks == () and silence(mlp=1.0).update is IDENTITY.update
 
 
 @pytest.mark.parametrize("name", ["llama", "t5"])
