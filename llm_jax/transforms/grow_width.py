@@ -15,7 +15,7 @@ from llm_jax.models.config import ModelConfig
 from llm_jax.models.transformer import Params
 from llm_jax.transforms.base import Change, Growth, Transform, removed, take
 
-HOW = ("random", "cycle")
+HOW = ("random", "cycle", "zero")
 
 
 class Copies(NamedTuple):
@@ -27,6 +27,8 @@ class Copies(NamedTuple):
     """the copies that there are of that one"""
     new: Bool[Array, " N"]
     """whether it is not the first of them"""
+    silent: bool
+    """whether what multiplies a new one is 0, and not shared among the copies"""
 
 
 def grow_width(
@@ -42,12 +44,15 @@ def grow_width(
     A tied unembedding reads r copies of each channel; the scale (and bias) of the last norm before it makes up for that: by 1/r, by
     1/sqrt(r) where logits or embeddings are scaled by the square root of the width. Without a head the states come r times repeated.
 
+    With `zero`, new neurons and heads are copies whose outgoing weights begin at zero, and no others change: the function is kept whatever the
+    noise, and `shrink` to the old number of neurons and heads, by magnitude, gives the weights back bit for bit.
+
     Moments: those of weights that were copied are divided by the number of copies, and squared moments by its square; those of weights
-    that were divided stay (see `Growth`).
+    that were divided stay (see `Growth`). With `zero` what enters a new neuron or head has no gradient yet: its moments are 0.
 
     Args:
         dim, mlp_dim, heads, kv_heads: new sizes; 0 for the old ones.
-        how: which neurons and heads are copied: random, or cycle for each in turn. Channels are always copied in turn.
+        how: which neurons and heads are copied: random, cycle for each in turn, or zero, in turn too. Channels are always copied in turn, and shared.
         noise: deviation of what is added to the copies, but those of pruned weights, as a share of the deviation of the weight; 0 keeps
             the function.
 
@@ -120,7 +125,7 @@ def _copies(old: int, new: int, how: str, key: Array) -> Copies:
     if how == "random":
         drawn = jax.random.randint(key, (new - old,), 0, old)
         index = jnp.concatenate([index[:old], drawn.astype(index.dtype)])
-    return Copies(index, jnp.bincount(index, length=old)[index], jnp.arange(new) >= old)
+    return Copies(index, jnp.bincount(index, length=old)[index], jnp.arange(new) >= old, how == "zero")
 
 
 def _plan(old: ModelConfig, new: ModelConfig, how: str, key: Array) -> dict[str, Copies]:
@@ -136,6 +141,7 @@ def _plan(old: ModelConfig, new: ModelConfig, how: str, key: Array) -> dict[str,
             (kv.source[:, None] * group + inside.source).reshape(-1),
             (kv.copies[:, None] * inside.copies).reshape(-1),
             (kv.new[:, None] | inside.new).reshape(-1),
+            kv.silent,
         )
         if new.kv_size != old.kv_size:
             found["kv"] = kv
@@ -193,7 +199,9 @@ def _grow(old: ModelConfig, new: ModelConfig, params: Params, key: Array, how: s
                 continue
             each = plan[axis]
             x = take(x, each.source, axis=i)
-            if (axis in over) == (power == 0):
+            if (axis in over) == (power == 0) and each.silent:
+                x = jnp.where(along(each.new, i, x) & ~removed(x), jnp.array(0.0 if power else -0.0, x.dtype), x)
+            elif (axis in over) == (power == 0):
                 x = x / along(each.copies.astype(jnp.float32) ** max(1, power), i, x)
             if axis not in over:
                 fresh = fresh | along(each.new, i, x)

@@ -23,6 +23,7 @@ from llm_jax.transforms.merge import merge
 from llm_jax.transforms.moments import carry, carry_moments
 from llm_jax.transforms.moving_average import moving_average
 from llm_jax.transforms.prune import keep_zeros, prune
+from llm_jax.transforms.shrink import shrink
 from tests.families import FAMILIES, Tiny, batch_of, tiny_model
 from tests.transforms import laws
 
@@ -115,6 +116,30 @@ def test_neurons_and_heads_are_copied_and_their_outgoing_weights_shared(family, 
         np.testing.assert_allclose(new["attention"]["out"][:, 4:], old["attention"]["out"] / 2, rtol=1e-6)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_begins_silent_can_be_taken_away_again(family):
+    """shrink(grow(x)) == x, bit for bit and with the zeros that are masks, whatever the noise."""
+    tiny = laws.with_zeros(tiny_model(family))
+    change = grow_width(**WIDER, how="zero", noise=0.3)
+    laws.keeps_function(change, tiny)
+    wider, grown = laws.changed(change, tiny)
+    back = shrink(mlp=tiny.config.mlp_size, heads=tiny.config.heads)
+    config, params = laws.changed(back, tiny._replace(config=wider, params=grown))
+    assert transformer.shapes(config) == transformer.shapes(tiny.config)
+    laws.equal(params, tiny.params)
+
+
+@pytest.mark.parametrize("how", ["stack", "interleave", "zero"])
+def test_layers_can_be_taken_away_again(how):
+    """shrink(grow(x)) == x: those that stay are named."""
+    tiny = tiny_model("gpt2")
+    config, params = laws.changed(grow_depth(4, how=how), tiny)
+    stays = (0, 1) if how == "stack" else (0, 2)
+    back, again = laws.changed(shrink(layers=stays), tiny._replace(config=config, params=params))
+    assert back == tiny.config
+    laws.equal(again, tiny.params)
+
+
 def test_channels_come_as_often_as_the_factor_says():
     config, params = laws.changed(grow_width(dim=48), tiny_model("t5"))
     assert (config.dim, config.head_size, config.mlp_size) == (48, 6, 24)
@@ -151,7 +176,8 @@ def test_tied_logits_stay_whatever_is_scaled(changes):
 )
 def test_grouped_queries(sizes, groups):
     tiny = tiny_model("llama")  # 4 query heads over 2 key-value heads
-    laws.keeps_function(grow_width(**sizes), tiny)
+    for how in ("random", "zero"):
+        laws.keeps_function(grow_width(**sizes, how=how), tiny)
     config = grow_width(**sizes).config(tiny.config)
     assert (config.heads, config.kv_size) == groups
 
@@ -374,10 +400,12 @@ def gradient(config, params):
     return jax.device_get(jax.jit(jax.grad(total), compiler_options=laws.FAST)(params))
 
 
-@pytest.mark.parametrize("family", ["roberta", "llama", "t5"])
-def test_the_gradients_of_the_wider_model_are_those_that_growth_says(family):
+@pytest.mark.parametrize(
+    "family, how", [("roberta", "random"), ("llama", "random"), ("t5", "random"), ("llama", "zero"), ("t5", "zero")]
+)
+def test_the_gradients_of_the_wider_model_are_those_that_growth_says(family, how):
     tiny = tiny_model(family, layers=1, decoder_layers=int(family == "t5"))
-    change = grow_width(dim=32, mlp_dim=40, heads=8)
+    change = grow_width(dim=32, mlp_dim=40, heads=8, how=how)
     config, params = laws.changed(change, tiny)
     before, after = gradient(tiny.config, tiny.params), gradient(config, params)
     largest = max(np.abs(x).max() for x in jax.tree.leaves(after))
