@@ -126,26 +126,25 @@ def peak_memory(config: ModelConfig, batch_shape: tuple[int, int]) -> int:
     return used.argument_size_in_bytes + used.output_size_in_bytes + used.temp_size_in_bytes - used.alias_size_in_bytes
 
 
-def told(
-    before: ModelConfig, after: ModelConfig, batch_shape: tuple[int, int], pruned: Collection[str], measure: bool
-) -> str:
+def told(before: ModelConfig, after: ModelConfig, batch_shape: tuple[int, int], pruned: Collection[str]) -> str:
     """What a run says of its transforms before its first step: the table of `compare` where sizes change, and that zeros save no time where
     weights are pruned.
 
     Args:
         pruned: the weights that are pruned, or will be.
-        measure: whether passes are timed, on one device; models of over half a billion parameters together are not, since both are held at once.
+
+    Passes are timed on one device; models of over half a billion parameters together are not, since both are held at once.
     """
     zeros = [f"pruned: {len(pruned)} stacks of matrices; {NO_SPEED_UP}"] if pruned else []
     if all(getattr(before, name) == getattr(after, name) for name in SIZES):
         return "\n".join(zeros)
     counts = [tree.size(transformer.shapes(config)) for config in (before, after)]
-    if measure and sum(counts) <= MEASURED:
+    if sum(counts) <= MEASURED:
         return "\n".join([str(compare(before, after, batch_shape)), *zeros])
     work = [flops.forward_flops(config, _shapes(config, batch_shape)) for config in (before, after)]
     rows = [_row("parameters, M", *(n / 1e6 for n in counts)), _row(WORK, *(n / 1e9 for n in work))]
-    why = f"models of more than {MEASURED / 1e6:.0f}M parameters together" if measure else "several devices"
-    return "\n".join([HEADER, *rows, f"not timed: {why}", *zeros])
+    why = f"not timed: models of more than {MEASURED / 1e6:.0f}M parameters together"
+    return "\n".join([HEADER, *rows, why, *zeros])
 
 
 def _drawn(config: ModelConfig) -> Params:

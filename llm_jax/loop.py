@@ -21,7 +21,7 @@ from llm_jax.continuation import check_continues
 from llm_jax.data.accounting import FIELDS, Accounting
 from llm_jax.errors import CheckpointError, NonFiniteError, choose
 from llm_jax.metrics import rising
-from llm_jax.parts import INHERITED, Parts, build, cost_told, describe
+from llm_jax.parts import INHERITED, Parts, build, cost_told, describe, moments_told
 from llm_jax.platform import await_buffers, gather, release_freed_memory, setup
 from llm_jax.storage import Path, as_path
 from llm_jax.tasks.base import Judgement
@@ -147,8 +147,8 @@ class _Session:
                 self.metrics.say(f"resuming {run.folder} at step {self.start}")
             elif said := cost_told(self.parts, self.state.params):  # on every process: a card reads sharded weights
                 self.metrics.say(said)
-            if not self.resumed and (told := self.inherited.get("moments")):
-                self.metrics.say(f"moments {told}")
+            if not self.resumed and (told := moments_told(self.parts, self.inherited)):
+                self.metrics.say(told)
             while not self.ended:
                 with self.times.of("compile" if self.at == self.start else "step"):
                     self.one_step()

@@ -270,11 +270,26 @@ def _warm(
 
 
 def cost_told(parts: Parts, params: Any) -> str:
-    """What the run's transforms save or cost, by `cost.told`; empty where they change no sizes and prune nothing."""
+    """What the run's transforms save or cost, by `cost.told`, timed on one device with the rows that it has of a step; empty where they change
+    no sizes and prune nothing."""
     assert parts.run.model is not None
-    batch_shape = (parts.run.batch.size // parts.run.batch.accumulate, parts.run.batch.length)
+    shares = parts.run.batch.accumulate * parts.mesh.shape["data"] * parts.mesh.shape["fsdp"]
+    batch_shape = (max(1, parts.run.batch.size // shares), parts.run.batch.length)
     pruned = parts.card(params).get("pruned", {}) or parts.masks
-    return cost.told(parts.run.model, parts.model, batch_shape, pruned, measure=parts.mesh.size == 1)
+    with jax.set_mesh(sharding.make_mesh(devices=jax.local_devices()[:1])):
+        return cost.told(parts.run.model, parts.model, batch_shape, pruned)
+
+
+def moments_told(parts: Parts, inherited: Card) -> str:
+    """What of the optimizer's state a run keeps that grows the model that it starts from; empty where it grows none."""
+    if carried := inherited.get("moments"):
+        return f"moments {carried}"
+    grows = isinstance(tf.chain(*parts.run.transforms).params, tf.Growth)
+    if not grows or parts.run.start == "fresh" or parts.run.model is None:
+        return ""
+    if transformer.shapes(parts.run.model) == transformer.shapes(parts.model):
+        return ""
+    return "moments reset: all; with carry_moments() among the transforms those of the run that the model comes from are grown with it"
 
 
 def describe(parts: Parts) -> str:

@@ -47,23 +47,20 @@ def test_two_streams_and_images(name: str):
 def test_what_a_run_says_of_it(monkeypatch):
     before = FAMILIES["bert"]
     after = before.replace(mlp_dim=8)
-    said = cost.told(before, after, (2, 8), {}, measure=True).splitlines()
+    said = cost.told(before, after, (2, 8), {}).splitlines()
     assert [line.split(",")[0].strip() for line in said[1:4]] == ["parameters", "forward", "forward"]
     assert "no speed-up" not in "".join(said), "weights of no meaning are drawn: nothing is said of their zeros"
     pruned = {"encoder/layers/mlp/up"}
-    for measure in (True, False):
-        assert "pruned: 1 stacks of matrices" in cost.told(before, after, (2, 8), pruned, measure).splitlines()[-1]
-    assert "measured" not in cost.told(before, after, (2, 8), {}, measure=False)
+    assert "pruned: 1 stacks of matrices" in cost.told(before, after, (2, 8), pruned).splitlines()[-1]
     monkeypatch.setattr(cost, "MEASURED", 10)
-    assert [line.split()[-1] for line in cost.told(before, after, (2, 8), {}, True).splitlines()[1:3]] == [
+    assert [line.split()[-1] for line in cost.told(before, after, (2, 8), {}).splitlines()[1:3]] == [
         f"{tree.size(transformer.shapes(after)) / tree.size(transformer.shapes(before)):.3f}",
         f"{flops.forward_flops(after, {'tokens': (2, 8)}) / flops.forward_flops(before, {'tokens': (2, 8)}):.3f}",
     ]
-    assert cost.told(before, after, (2, 8), {}, True).endswith("not timed: models of more than 0M parameters together")
-    assert cost.told(before, after, (2, 8), {}, False).endswith("not timed: several devices")
+    assert cost.told(before, after, (2, 8), {}).endswith("not timed: models of more than 0M parameters together")
     headed = before.replace(head="classification", labels=2)
-    assert cost.told(before, headed, (2, 8), {}, True) == ""
-    assert "no speed-up is to be expected" in cost.told(before, headed, (2, 8), {"encoder/layers/mlp/up": 0.5}, True)
+    assert cost.told(before, headed, (2, 8), {}) == ""
+    assert "no speed-up is to be expected" in cost.told(before, headed, (2, 8), {"encoder/layers/mlp/up": 0.5})
 
 
 def test_the_command(tmp_path, capsys):

@@ -51,6 +51,9 @@ def test_moments_are_carried_over_and_told(corpus, tmp_path, small, capsys):
     assert "1/0/mu (10 arrays)" in inherited["moments"].splitlines()[0]
     loop.train(run)
     assert f"moments {inherited['moments']}" in capsys.readouterr().err
+    cold = grown(corpus, tmp_path / "cold", small, grow_depth(2))
+    loop.train(dataclasses.replace(cold, steps=0))
+    assert "moments reset: all; with carry_moments()" in capsys.readouterr().err
     loop.train(dataclasses.replace(run, steps=7, optimizer=run.optimizer))  # goes on from its own state
     assert model.load(run.folder).card["moments"] == inherited["moments"]
 

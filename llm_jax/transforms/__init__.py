@@ -1,7 +1,7 @@
 """Changes to a model or to how it is trained, as records of five pure functions. One file a transform."""
 
 from llm_jax.transforms.anchor import anchor, fisher
-from llm_jax.transforms.base import IDENTITY, Calibration, Transform, chain, mask, spell
+from llm_jax.transforms.base import IDENTITY, Calibration, Growth, Transform, chain, mask, spell
 from llm_jax.transforms.distil import cached, distil
 from llm_jax.transforms.dropout import dropout
 from llm_jax.transforms.extend_vocabulary import extend_vocabulary, pieces_of
@@ -21,6 +21,7 @@ from llm_jax.transforms.unfreeze import unfreeze
 __all__ = [
     "IDENTITY",
     "Calibration",
+    "Growth",
     "Transform",
     "anchor",
     "cached",
