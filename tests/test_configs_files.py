@@ -203,7 +203,11 @@ def quick(monkeypatch):
             options["compiler_options"] = {"xla_backend_optimization_level": 0}
         return jit(*function, **options)
 
-    monkeypatch.setattr(sharding, "make_mesh", lambda sizes: make_mesh(sizes, jax.devices()[:1]))
+    monkeypatch.setattr(
+        sharding,
+        "make_mesh",
+        lambda sizes=config.Mesh(), devices=None: make_mesh(sizes, devices or jax.devices()[:1]),
+    )
     monkeypatch.setattr(jax, "jit", compile_fast)
 
 

@@ -232,7 +232,7 @@ def test_training_at_zero_strength_is_the_identity():
     for name, (change, nothing) in table.items():
         assert nothing is IDENTITY, name
         assert name == "lora" or change.config is IDENTITY.config, name
-        assert name in ("lora", "keep_zeros", "prune") or change.params is IDENTITY.params, name
+        assert name in ("lora", "keep_zeros", "prune", "densify") or change.params is IDENTITY.params, name
     for name in ("keep_zeros", "prune"):
         laws.identity(table[name][0], laws.with_zeros(tiny))
 
@@ -241,7 +241,18 @@ def test_the_tables_know_every_change():
     """What the package offers is in one of the two tables."""
     import llm_jax.transforms as offered
 
-    others = {"IDENTITY", "Calibration", "Transform", "chain", "carry", "fisher", "pieces_of", "spell"}
+    others = {
+        "IDENTITY",
+        "Calibration",
+        "Growth",
+        "Transform",
+        "chain",
+        "carry",
+        "fisher",
+        "mask",
+        "pieces_of",
+        "spell",
+    }
     known = {name for what in CHANGES for name in what.split(" and ")}
     tables = known | training(tiny_model("llama"), "no cache").keys() | {"anchor"}
     assert set(offered.__all__) - others <= tables
