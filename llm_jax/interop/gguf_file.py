@@ -78,7 +78,11 @@ class File:
         tensor = self.tensors[name]
         raw = np.frombuffer(self.content, np.uint8, tensor.stop - tensor.start, tensor.start)
         made = _dequantize(raw.reshape(*tensor.shape[:-1], -1), tensor.kind).reshape(tensor.shape)
-        return made.copy() if tensor.kind == gguf.GGMLQuantizationType.F32 else made
+        if tensor.kind == gguf.GGMLQuantizationType.F32:
+            return made.copy()
+        return made + np.float32(
+            0
+        )  # a zero of a block with a negative scale is -0, which would be no mask where it was pruned
 
     def check_kinds(self) -> None:
         """Raise CheckpointError where a tensor is quantised in a way that cannot be undone."""

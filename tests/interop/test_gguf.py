@@ -23,6 +23,8 @@ from llm_jax.data.tokenizer import Tokenizer
 from llm_jax.errors import CheckpointError, UserError
 from llm_jax.interop import gguf as interop
 from llm_jax.interop import gguf_file, gguf_tokenizer, names
+from llm_jax.transforms import keep_zeros
+from llm_jax.transforms.prune import TARGETS
 
 V, D, H, K, E, F, L = 352, 32, 4, 2, 8, 64, 2
 TOKENS = np.random.default_rng(0).integers(0, V, (2, 11)).astype(np.int32)
@@ -174,6 +176,29 @@ def test_on_a_mesh_it_is_the_same(tmp_path, mesh):
     one, eight = interop.load(path, mesh()), interop.load(path, mesh(fsdp=2, tensor=4))
     assert len(eight.params["embed"]["tokens"].sharding.device_set) == 8
     jax.tree.map(np.testing.assert_array_equal, one.params, eight.params)
+
+
+@pytest.mark.parametrize("kind", [Kind.Q8_0, Kind.Q5_0, Kind.Q4_0], ids=lambda kind: kind.name)
+def test_what_is_pruned_survives_quantising(tmp_path, mesh, kind):
+    """Zeros of matrices that were pruned before they were quantised are zeros after; what says so makes masks of them again."""
+    tensors = {
+        name: np.where(np.abs(x) < np.median(np.abs(x)), 0, x).astype(np.float32)
+        if name.startswith("blk") and x.ndim == 2
+        else x
+        for name, x in weights().items()
+    }
+    kinds = {name: kind for name, x in tensors.items() if name.startswith("blk") and x.ndim == 2}
+    whole, packed = (
+        interop.load(write(tmp_path / f"{label}.gguf", metadata(), tensors, chosen), mesh())
+        for label, chosen in (("whole", {}), ("packed", kinds))
+    )
+    known = {**whole.params["decoder"]["layers"]["attention"], **whole.params["decoder"]["layers"]["mlp"]}
+    read = {**packed.params["decoder"]["layers"]["attention"], **packed.params["decoder"]["layers"]["mlp"]}
+    for name, x in known.items():
+        gone, left = np.asarray(x) == 0, np.asarray(read[name])
+        assert gone.mean() == 0.5 and np.all(left[gone] == 0) and np.any(left != np.asarray(x)), name
+    masked = llm_jax.transform(packed, keep_zeros(TARGETS), jax.random.key(0))
+    assert len(masked.card["pruned"]) == len(known) and min(masked.card["pruned"].values()) >= 0.5
 
 
 def test_it_is_saved_with_its_card(tmp_path, mesh):
