@@ -80,9 +80,8 @@ class File:
         made = _dequantize(raw.reshape(*tensor.shape[:-1], -1), tensor.kind).reshape(tensor.shape)
         if tensor.kind == gguf.GGMLQuantizationType.F32:
             return made.copy()
-        return made + np.float32(
-            0
-        )  # a zero of a block with a negative scale is -0, which would be no mask where it was pruned
+        # a zero of a block with a negative scale is -0, which is no mask where it was pruned
+        return made + np.float32(0)
 
     def check_kinds(self) -> None:
         """Raise CheckpointError where a tensor is quantised in a way that cannot be undone."""
