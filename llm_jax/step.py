@@ -11,7 +11,7 @@ from llm_jax import tree
 from llm_jax.losses import GradFn, Loss, LossFn
 from llm_jax.platform import on_device
 from llm_jax.tasks.base import Batch
-from llm_jax.transforms.base import Guarded
+from llm_jax.transforms.base import Guarded, moved
 
 State = Any
 
@@ -79,12 +79,7 @@ def make_step(loss: LossFn, grad: GradFn, optimizer: optax.GradientTransformatio
         updates, opt_state = optimizer.update(
             gradient, before, state.params, value=value, grad=gradient, value_fn=value_fn, finite=finite
         )
-        params = jax.tree.map(
-            lambda p, u: p if u is None else jnp.where(finite, p + u, p).astype(p.dtype),
-            state.params,
-            updates,
-            is_leaf=lambda x: x is None,
-        )
+        params = jax.tree.map(lambda p, u: moved(p, u, finite), state.params, updates, is_leaf=lambda x: x is None)
         opt_state = jax.tree.map(
             lambda new, old: new if isinstance(new, Guarded) else jnp.where(finite, new, old),
             opt_state,

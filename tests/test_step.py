@@ -2,6 +2,7 @@
 alone.
 """
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -16,7 +17,7 @@ from llm_jax.losses import Loss
 from llm_jax.models import presets, transformer
 from llm_jax.step import TrainState, differentiate, init_state, make_step
 from llm_jax.tasks import NextToken
-from llm_jax.transforms.base import Guarded
+from llm_jax.transforms.base import Guarded, Placed
 
 START = {"a": np.array([1.0, -2.0, 0.5], np.float32), "b": {"c": np.array([[3.0, -1.0]], np.float32)}}
 
@@ -110,18 +111,34 @@ def test_an_update_that_is_not_finite_is_skipped(what):
 
 
 def test_a_part_of_the_state_that_the_update_guards_itself_is_taken_as_it_is():
+    @jax.tree_util.register_dataclass
+    @dataclasses.dataclass(frozen=True)
+    class Count(Guarded):
+        value: Any
+
     def update(updates, state, params=None, *, finite, **extra):
-        return updates, (Guarded(state[0].value + jnp.where(finite, 1, 10)), state[1] + 1)
+        return updates, (Count(state[0].value + jnp.where(finite, 1, 10)), state[1] + 1)
 
     def init(params):
-        return Guarded(jnp.zeros((), jnp.int32)), jnp.zeros((), jnp.int32)
+        return Count(jnp.zeros((), jnp.int32)), jnp.zeros((), jnp.int32)
 
     counting = optax.GradientTransformationExtraArgs(init, update)
     step, state = jax.jit(make_step(loss, differentiate(loss), counting)), start(counting)
     for batch, counts in ((batch_of(), (1, 1)), (batch_of(lift=np.nan), (11, 1)), (batch_of(), (12, 2))):
         state, _ = step(state, batch)
         assert (int(state.opt_state[0].value), int(state.opt_state[1])) == counts
-        assert isinstance(state.opt_state[0], Guarded)
+
+
+def test_a_weight_that_the_update_places_itself_is_taken_as_it_is():
+    def update(updates, state, params=None, *, finite, **extra):
+        return {"a": Placed(jnp.where(finite, params["a"] * 3, params["a"])), "b": updates["b"]}, state
+
+    placing = optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
+    step, state = jax.jit(make_step(loss, differentiate(loss), placing)), start(placing)
+    for batch, factor in ((batch_of(), 3), (batch_of(lift=np.nan), 3), (batch_of(), 9)):
+        before, (state, _) = state.params["b"]["c"], step(state, batch)
+        np.testing.assert_array_equal(state.params["a"], START["a"] * factor)
+        assert (state.params["b"]["c"] == before).all() == bool(np.isnan(batch["lift"]))
 
 
 def test_the_counts():

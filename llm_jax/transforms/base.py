@@ -46,14 +46,32 @@ class _UpdateChange(Protocol):
     def __call__(self, update: optax.GradientTransformation, /) -> optax.GradientTransformation: ...
 
 
-class Guarded(NamedTuple):
-    """A tree in an update's state that the update leaves as it is, bit for bit, where its extra argument `finite` is false.
+class Guarded:
+    """A state of an update, or a part of it, that the update leaves as it is, bit for bit, where its extra argument `finite` is false.
 
-    The step leaves any other part of the state as it is itself. For what an update reads again once it is written: the step's own choice between
-    new and old would be one more pass over it.
+    The step leaves any other state as it is itself. For an update that reads again what it wrote: the step's own choice between new and old would
+    be one more pass over it. Such a state is a dataclass that derives from this and that jax knows as a tree.
     """
 
-    value: Any
+
+class Placed(NamedTuple):
+    """A weight as it is after an update, in place of the difference; where `finite` is false it is the weight of before.
+
+    For an update that looks again at what it moved: a difference to the weights of before would be one more pass over both.
+    """
+
+    value: Array
+
+
+def moved(p: Array, u: Array | Placed | None, finite: Any = True) -> Array:
+    """The weight after an update: p + u, or where the update placed it; p where it is frozen (None), and where the update is skipped.
+
+    >>> moved(jnp.array([1.0]), jnp.array([2.0])), moved(jnp.array([1.0]), Placed(jnp.array([2.0]))), moved(jnp.array([1.0]), None)
+    (Array([3.], dtype=float32), Array([2.], dtype=float32), Array([1.], dtype=float32))
+    """
+    if u is None:
+        return p
+    return u.value if isinstance(u, Placed) else jnp.where(finite, p + u, p).astype(p.dtype)
 
 
 Change = Callable[[ModelConfig, Params, Array], Params]

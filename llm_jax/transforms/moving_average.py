@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from llm_jax import tree
-from llm_jax.transforms.base import IDENTITY, Transform, removed
+from llm_jax.transforms.base import IDENTITY, Placed, Transform, moved, removed
 
 
 class MovingAverageState(NamedTuple):
@@ -41,8 +41,9 @@ def moving_average(decay: float, masks: Sequence[str] = (), trained: Callable[[A
             updates, below = inner.update(updates, state.inner, params, **extra)
 
             def one(name: str, u: Any, a: Any, p: Any) -> Any:
-                now = decay * a + (1 - decay) * (p + u)
-                return jnp.where(removed(p + u), 0, now) if any(re.fullmatch(regex, name) for regex in masks) else now
+                x = moved(p, u)
+                now = decay * a + (1 - decay) * x
+                return jnp.where(removed(x), 0, now) if any(re.fullmatch(regex, name) for regex in masks) else now
 
             names = tree.map_with_name(lambda name, _: name, state.average)
             average = jax.tree.map(
@@ -51,7 +52,7 @@ def moving_average(decay: float, masks: Sequence[str] = (), trained: Callable[[A
                 names,
                 state.average,
                 params,
-                is_leaf=lambda u: u is None,
+                is_leaf=lambda u: u is None or isinstance(u, Placed),
             )
             return updates, MovingAverageState(below, average)
 

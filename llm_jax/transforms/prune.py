@@ -3,10 +3,11 @@
 What a weight is worth is told in `scores.py`. Neurons, heads and layers that are cut out, so that sizes change, are `shrink`'s business.
 """
 
+import dataclasses
 import functools
 import re
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,8 +22,18 @@ from llm_jax.models import transformer
 from llm_jax.models.config import ModelConfig
 from llm_jax.models.transformer import Params
 from llm_jax.transforms import scores
-from llm_jax.transforms.base import IDENTITY, Calibration, Guarded, Transform, kept_moments, marked, removed
-from llm_jax.transforms.scores import Rule, limits, matrix, parse_pattern, select, within
+from llm_jax.transforms.base import (
+    IDENTITY,
+    Calibration,
+    Guarded,
+    Placed,
+    Transform,
+    kept_moments,
+    marked,
+    moved,
+    removed,
+)
+from llm_jax.transforms.scores import Rule, matrix, parse_pattern, select
 
 TARGETS = (r".*/layers/(attention|cross)/(query|key|value|out)", r".*/layers/mlp/(up|gate|down)")
 """The matrices of the products in the layers"""
@@ -65,8 +76,7 @@ def prune(
     Args:
         sparsity: share of zeros in the targets; with N:M it is 1 - N/M.
         score: magnitude, random, taylor, fisher, wanda, sparsegpt (which also changes what is left) or movement; the formulas stand in
-            `scores.py`. On a schedule fisher reads the second moments that the optimizer keeps (Adam, RMSProp), as the updates before left
-            them, of all losses of the run.
+            `scores.py`. On a schedule fisher reads the second moments that the optimizer keeps (Adam, RMSProp), of all losses of the run.
         scope: layer (each layer's matrix loses the share; within each output with wanda) or global (all are compared).
         pattern: unstructured; N:M, N of every M along the inputs of a product stay; or block:RxC, R inputs by C outputs go together.
         targets: regexes of the weights, all of them matrices of products in the layers.
@@ -159,10 +169,6 @@ def _check(rule: Rule, pattern: str, schedule: Any, straight_through: bool, batc
         )
     if rule.score not in scores.GRADUAL:
         raise ConfigError(f"prune: score {rule.score!r} does not go with a schedule: take {', '.join(scores.GRADUAL)}")
-    if scores.GRADUAL[rule.score].squares and begin + every < 2:
-        raise ConfigError(
-            f"prune: schedule is {tuple(schedule)}: before the first update there are no second moments for score {rule.score!r}: begin at 1 or later"
-        )
 
 
 def _named(params: Any) -> dict[str, Array]:
@@ -237,15 +243,17 @@ def _layerwise(
     return params
 
 
-class PruneState(NamedTuple):
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class PruneState(Guarded):
     """The inner optimizer's state, and what pruning on a schedule keeps beside it; trees like the trained params, None where nothing is pruned."""
 
     inner: Any
     step: Array
     """updates made"""
-    hidden: Guarded | None = None
+    hidden: Any = None
     """straight through: the weights as they would be if none were removed, which are what is trained"""
-    sums: Guarded | None = None
+    sums: Any = None
     """what movement sums up of the gradients"""
 
 
@@ -263,9 +271,14 @@ def _at(function: Callable[..., Any], kept: Any, x: Any, *more: Any) -> Any:
     return jax.tree.map(one, kept, x, *more, is_leaf=lambda leaf: leaf is None)
 
 
-def _settled(kept: Array, u: Array, p: Array) -> Array:
-    """The update after which a weight that is not kept is 0; one that is, and does not move, stays -0 where it was."""
-    return jnp.where(kept, jnp.where(u == 0, -0.0, u), -p)
+def _still(u: Any) -> Any:
+    """The update by which a weight that does not move stays -0 where it was."""
+    return u if isinstance(u, Placed) else jnp.where(u == 0, -0.0, u)
+
+
+def _settled(kept: Array, u: Any, p: Array) -> Any:
+    """The update after which a weight that is not kept is 0."""
+    return Placed(jnp.where(kept, u.value, 0)) if isinstance(u, Placed) else jnp.where(kept, _still(u), -p)
 
 
 def _hold(targets: Sequence[str]) -> Callable[[optax.GradientTransformation], optax.GradientTransformation]:
@@ -295,11 +308,11 @@ def _squares(state: Any) -> dict[str, Array]:
 def _gradual(
     rule: Rule, schedule: tuple[int, int, int], initial: float, straight_through: bool
 ) -> Callable[[optax.GradientTransformation], optax.GradientTransformation]:
-    """An update that removes weights on the schedule. The choice is made when it is due alone; else it costs a select.
-
-    `hidden` and `sums` are read again once they are written, by the choice, so the update itself leaves them as they are where it is skipped.
+    """An update that removes weights on the schedule, by the weights and moments after it. What goes is chosen when it is due alone, and goes in
+    place (`Placed`): any other update writes what a plain one does, and the sums and the dense weights where they are kept.
     """
     (begin, end, every), score = schedule, scores.GRADUAL[rule.score]
+    add = score.add
 
     def update(inner: optax.GradientTransformation) -> optax.GradientTransformation:
         optimizer = optax.with_extra_args_support(inner)
@@ -318,54 +331,39 @@ def _gradual(
                     f"prune: on a schedule score {rule.score!r} reads second moments, which this optimizer does not keep: take adam or adamw"
                 )
 
-            hidden = Guarded(jax.tree.map(jnp.copy, targets)) if straight_through else None
-            sums = Guarded(jax.tree.map(jnp.zeros_like, targets)) if score.add else None
+            hidden = jax.tree.map(jnp.copy, targets) if straight_through else None
+            sums = jax.tree.map(jnp.zeros_like, targets) if score.add else None
             return PruneState(below, jnp.zeros((), jnp.int32), hidden, sums)
 
         def step(updates, state, params=None, *, finite=True, **extra):
             before, now = _kept(params, rule.targets), state.step + 1
-            weights, hidden, sums = params, None, None
-            if straight_through:
-                weights = _at(lambda _, p, h: h, before, params, state.hidden.value)
-            if add := score.add:
-                sums = _at(
-                    lambda _, s, w, g: jnp.where(finite, add(s, w, g), s), before, state.sums.value, weights, updates
-                )
+            targets = _named(before)
+
+            def own(tree: Any) -> dict[str, Array]:
+                return {name: x for name, x in _named(tree).items() if name in targets}
+
+            def live(new: Any, old: Any) -> Any:
+                return jax.tree.map(lambda new, old: jnp.where(finite, new, old), new, old)
+
+            weights = _at(lambda _, p, h: h, before, params, state.hidden) if straight_through else params
+            sums = _at(lambda _, *read: add(*read), before, state.sums, weights, updates) if add else None
             updates, below = optimizer.update(updates, state.inner, weights, finite=finite, **extra)
-            if straight_through:
-                # all below reads these, not what they are made of, so that nothing is copied
-                hidden = _at(
-                    lambda _, h, u: jnp.where(finite, h + jnp.where(u == 0, -0.0, u), h),
-                    before,
-                    state.hidden.value,
-                    updates,
-                )
-                updates = _at(lambda _, u, h, p: h - p, before, updates, hidden, params)
+            after = own(_at(lambda _, w, u: moved(w, _still(u), finite), before, weights, updates))
+            hidden = tree.map_with_name(lambda name, _: after[name], state.hidden)
+            new = PruneState(live(below, state.inner), live(now, state.step), hidden, live(sums, state.sums))
 
-            due = (now > begin) & (now <= end) & ((now - begin) % every == 0)
+            def choose(placed: dict[str, Array], hidden: dict[str, Array], read: dict[str, Array]) -> dict[str, Array]:
+                chosen = {name: matrix(name, x) for name, x in (hidden or placed).items()}
+                worth = {name: score.worth(x, matrix(name, read[name]) if read else x) for name, x in chosen.items()}
+                stays = select(rule, worth, chosen, cubic(now, begin, end, 1.0, initial / rule.sparsity))
+                return {name: jnp.where(stays[name], x, 0).reshape(placed[name].shape) for name, x in chosen.items()}
 
-            def matrices(weights: Any) -> dict[str, Array]:
-                # weights that go by themselves keep their shape: read in another one they could not be updated in place
-                shaped = (lambda _, x: x) if rule.pattern.alone else matrix
-                return {name: shaped(name, x) for name, x in _named(weights).items() if name in _named(before)}
-
-            def worth(chosen: dict[str, Array], read: dict[str, Array]) -> dict[str, Array]:
-                return {name: score.worth(x, read.get(name, x)) for name, x in chosen.items()}
-
-            def found(chosen: dict[str, Array], read: dict[str, Array]) -> Any:
-                return limits(rule, worth(chosen, read), chosen, cubic(now, begin, end, 1.0, initial / rule.sparsity))
-
-            # of the weights before this update, straight through after it; of moments before it
-            chosen = matrices(hidden if straight_through else weights)
-            read = matrices(_squares(state.inner) if score.squares else sums)
-            nowhere = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(found, chosen, read))
-            ends = jax.lax.cond(due, found, lambda *_: nowhere, chosen, read)
-            stays = within(rule, ends, worth(chosen, read), chosen)
-            stays = tree.map_with_name(lambda name, x: stays[name].reshape(x.shape), before)
-            come_back = due & straight_through
-            kept = jax.tree.map(lambda was, now: (was | come_back) & now, before, stays)
-            beside = [None if x is None else Guarded(x) for x in (hidden, sums)]
-            return _at(_settled, kept, updates, params), PruneState(below, now, *beside)
+            due = finite & (now > begin) & (now <= end) & ((now - begin) % every == 0)
+            placed = {name: jnp.where(kept, after[name], 0) for name, kept in targets.items()}
+            read = own(_squares(new.inner) if score.squares else new.sums)
+            placed = jax.lax.cond(due, choose, lambda placed, *_: placed, placed, own(hidden), read)
+            found = tree.map_with_name(lambda name, _: placed[name], before)
+            return _at(lambda x, _: Placed(x), found, updates), new
 
         return optax.GradientTransformationExtraArgs(init, step)
 

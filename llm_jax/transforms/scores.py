@@ -199,26 +199,12 @@ def _inverse_factor(hessian: Float[Array, "I I"], damping: float, total: int) ->
     return jax.scipy.linalg.solve_triangular(r, identity, lower=False)
 
 
-Limits = tuple[Array, Array]
-"""The greatest value, as `_ordered` has it, and the place among equal ones, below which entries are chosen"""
-
 Axes = tuple[int, ...] | None
 """Over which values are compared; None for all of them, of arrays that may have different numbers of axes"""
 
 
 def smallest(arrays: Sequence[Array], count: Any, axes: Axes) -> list[Bool[Array, "..."]]:
-    """True at exactly `count` values over `axes`, of all arrays together: the smallest, and of equal ones the first."""
-    return below(arrays, bisect(arrays, count, axes), axes)
-
-
-def below(arrays: Sequence[Array], found: Limits, axes: Axes) -> list[Bool[Array, "..."]]:
-    """True at the values that `bisect` found to be the smallest."""
-    limit, last = found
-    return [(x < limit) | ((x == limit) & (at < last)) for x, at in zip(map(_ordered, arrays), _places(arrays, axes))]
-
-
-def bisect(arrays: Sequence[Array], count: Any, axes: Axes) -> Limits:
-    """Where the `count` smallest values over `axes`, of all arrays together, and of equal ones the first, end.
+    """True at exactly `count` values over `axes`, of all arrays together: the smallest, and of equal ones the first.
 
     What a stable sort would choose, found by bisection over the bits of the values and then over the places of the equal ones: 64 passes that
     only count, in which sharded arrays stay where they are. Up to 2^32 values are told apart.
@@ -242,7 +228,7 @@ def bisect(arrays: Sequence[Array], count: Any, axes: Axes) -> Limits:
     limit = greatest(lambda t: counted([x < t for x in values]) <= wanted, shape)
     rest = wanted - counted([x < limit for x in values])
     last = greatest(lambda t: counted([(x == limit) & (at < t) for x, at in zip(values, places)]) <= rest, shape)
-    return limit, last
+    return [(x < limit) | ((x == limit) & (at < last)) for x, at in zip(values, places)]
 
 
 def _places(arrays: Sequence[Array], axes: Axes) -> list[Array]:
@@ -268,39 +254,26 @@ def _ordered(x: Array) -> Array:
     return jnp.where(bits >> 31 == 1, ~bits, bits | jnp.uint32(1 << 31))
 
 
-def select(rule: Rule, worth: Matrices, weights: Matrices) -> dict[str, Bool[Array, "L I O"]]:
-    """True for the weights that stay when round(sparsity * size) of each group go, those that are removed already first.
+def select(rule: Rule, worth: Matrices, weights: Matrices, share: Any = 1.0) -> dict[str, Bool[Array, "L I O"]]:
+    """True for the weights that stay when `share` of round(sparsity * size) of each group go, those that are removed already first.
 
     A group is a layer's matrix, all matrices together (scope "global"), each output (wanda) or every M inputs of an output (N:M, of which
     M - N go). A block is worth the sum of its weights; blocks are counted in place of weights.
     """
-    return within(rule, limits(rule, worth, weights), worth, weights)
 
-
-def limits(rule: Rule, worth: Matrices, weights: Matrices, share: Any = 1.0) -> dict[str, Limits]:
-    """Where the choice of `select` ends in each group when `share` of what goes in the end goes now."""
-
-    def found(arrays: list[Array]) -> Limits:
+    def gone(arrays: list[Array]) -> list[Array]:
         axes = _compared(rule, arrays[0])
         size = sum(_size(x, axes) for x in arrays)
         count = rule.pattern.of - rule.pattern.keep if rule.pattern.of else round(rule.sparsity * size)
         now = jnp.asarray(jnp.round(count * share), jnp.uint32)
-        return bisect(arrays, jnp.where(share >= 1, jnp.uint32(count), now), axes)
+        return smallest(arrays, jnp.where(share >= 1, jnp.uint32(count), now), axes)
 
     pooled = {name: _pool(rule.pattern, worth[name], weights[name]) for name in worth}
     if rule.scope == "global":
-        return {"": found(list(pooled.values()))}
-    return {name: found([x]) for name, x in pooled.items()}
-
-
-def within(rule: Rule, found: dict[str, Limits], worth: Matrices, weights: Matrices) -> dict[str, Bool[Array, "..."]]:
-    """True for the weights that stay, by the limits of each group."""
-    pooled = {name: _pool(rule.pattern, worth[name], weights[name]) for name in worth}
-    if rule.scope == "global":
-        gone = dict(zip(pooled, below(list(pooled.values()), found[""], None)))
+        chosen = dict(zip(pooled, gone(list(pooled.values()))))
     else:
-        gone = {name: below([x], found[name], _compared(rule, x))[0] for name, x in pooled.items()}
-    return {name: ~_spread(rule.pattern, x, weights[name].shape) for name, x in gone.items()}
+        chosen = {name: gone([x])[0] for name, x in pooled.items()}
+    return {name: ~_spread(rule.pattern, x, weights[name].shape) for name, x in chosen.items()}
 
 
 def _compared(rule: Rule, x: Array) -> Axes:

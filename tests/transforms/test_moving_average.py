@@ -10,6 +10,7 @@ from llm_jax import optim
 from llm_jax.losses import Loss
 from llm_jax.step import differentiate, init_state, make_step
 from llm_jax.transforms import IDENTITY, chain
+from llm_jax.transforms.base import Placed
 from llm_jax.transforms.freeze import freeze
 from llm_jax.transforms.moving_average import MovingAverageState, moving_average
 
@@ -47,6 +48,19 @@ def test_the_recurrence():
             expected,
         )
     assert not np.allclose(expected["a"], averaged[-1].params["a"], atol=0.05)
+
+
+def test_of_weights_that_the_update_places():
+    """The average is of the weights after the update, told as a difference or not."""
+
+    def update(updates, state, params=None, *, finite, **extra):
+        return jax.tree.map(lambda g, p: Placed(jnp.where(finite, p - RATE * g, p)), updates, params), state
+
+    placing = optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
+    found, expected = (run(moving_average(DECAY), (5, np.nan, 2), rule)[-1] for rule in (placing, None))
+    assert int(found.skipped) == 1
+    for a, b in ((found.params, expected.params), (found.opt_state.average, expected.opt_state.average)):
+        jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-6), a, b)
 
 
 def test_with_a_frozen_part():

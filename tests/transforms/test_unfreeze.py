@@ -10,7 +10,8 @@ import pytest
 from llm_jax import config, optim
 from llm_jax.errors import ConfigError
 from llm_jax.models import presets, transformer
-from llm_jax.transforms import unfreeze
+from llm_jax.transforms import chain, prune, unfreeze
+from llm_jax.transforms.base import moved
 
 SIZE = dict(vocab_size=11, max_length=8, dim=8, heads=2, mlp_dim=12)
 DECODER = presets.llama(**SIZE, layers=3)
@@ -62,3 +63,18 @@ def test_one_layer_more_moves_after_each_stage():
         jax.tree.map(np.testing.assert_array_equal, jax.tree.map(lambda u: u != 0, updates), expected)
     with pytest.raises(ConfigError, match="must be at least 1"):
         unfreeze(every=0)
+
+
+def test_no_layer_waits_for_the_zeros_of_a_schedule():
+    params = jax.tree.map(lambda x: np.ones(x.shape, np.float32), transformer.shapes(DECODER))
+    gradual = prune(0.5, schedule=(0, 2, 1))
+    for first, then, told in ((unfreeze(every=9), gradual, None), (gradual, unfreeze(every=9), "put it before")):
+        rule = chain(first, then).update(optax.sgd(0.1))
+        if told:
+            with pytest.raises(ConfigError, match=told):
+                rule.update(params, rule.init(params), params)
+        else:
+            updates, _ = rule.update(params, rule.init(params), params)
+            made = jax.tree.map(moved, params, updates)["decoder"]["layers"]["mlp"]["up"]
+            assert [float((x == 0).mean()) for x in made] == pytest.approx([0.4375] * 3, abs=0.01)
+            assert [float(x.max()) for x in made] == pytest.approx([1, 1, 0.9])
