@@ -1,12 +1,14 @@
 """Claims: pruning adds 2% to a step at most; a step of distillation costs at most 1.15 of the teacher's forward pass and the student's step.
 
     pip install -e .
-    python -m benchmarks.transform_cost [--repeats 41]
+    python -m benchmarks.transform_cost [--repeats 200]
 
-MiniLM (22.7M parameters) and half of it, 4 rows of 64 tokens, AdamW. The steps take turns in one process; medians of the ratios of each turn. The
-sums of movement are read and written with each update, whatever the rows, so that it is measured over 8 rows (as in configs/prune_fisher.py) and 32
-too. That the memory of distillation does not grow with tokens x vocabulary is tested in tests/transforms/test_distil.py. The teacher,
-configs/snippets_minilm.py, is trained first where it is not there. Wants a machine without other work: fifteen minutes.
+MiniLM (22.7M parameters) and half of it, 4 rows of 64 tokens, AdamW. Single steps take turns in one process, beginning with another one each time;
+medians of the ratios to the plain step of the same turn. A second plain step among them tells how far the noise goes. The sums of movement and the
+dense weights of straight through are read and written with each update, whatever the rows, so that these are measured over 8 rows (as in
+configs/prune_fisher.py) and 32 too, 32 with a quarter of the turns. That the memory of distillation does not grow with tokens x vocabulary is
+tested in tests/transforms/test_distil.py. The teacher, configs/snippets_minilm.py, is trained first where it is not there. Wants a machine without
+other work: twenty minutes.
 """
 
 import argparse
@@ -26,113 +28,109 @@ from llm_jax.models import transformer
 from llm_jax.platform import compiler_options, setup
 from llm_jax.transforms import distil, new_head, prune, shrink
 
-ROWS, MORE = 4, (8, 32)
-A_TURN = 20
-"""Rows that the steps of a turn read in all, at least those of one step"""
+ROWS, MORE = 4, {8: 1, 32: 4}
+"""Rows of a step, and of more with how much fewer turns"""
+Timed = Callable[[], float]
 
 
-def steps_of(name: str, folder: Path, transforms: tuple[Any, ...], rows: int = ROWS) -> Callable[[], float]:
-    """Seconds of a step of the run with these transforms, over those of a turn."""
-    run = arms.load("snippets_minilm", transforms=transforms, workdir=str(folder / name), epochs=0.0, steps=100_000)
-    run = arms.changed(run, batch=dict(size=rows))
-    steps = max(1, A_TURN // rows)
-    parts = run_parts.build(run)
-    state, _ = parts.init()
-    batch = next(parts.train).batch
-    batch = jax.device_put(batch)
-    held = {"state": state}
-    parts.close()
+def timed(function: Callable[[], Any]) -> Timed:
+    """Seconds of a call, which has been called before."""
 
     def turn() -> float:
         begin = time.perf_counter()
-        for _ in range(steps):
-            held["state"], metrics = parts.step(held["state"], batch)
-        jax.block_until_ready((held["state"].params, metrics))
-        return (time.perf_counter() - begin) / steps
+        jax.block_until_ready(function())
+        return time.perf_counter() - begin
 
-    turn()
+    for _ in range(2):
+        turn()
     return turn
 
 
-def forward(folder: Path) -> Callable[[], float]:
-    """Seconds of a forward pass of the teacher over the same rows."""
-    run = arms.load("snippets_minilm", workdir=str(folder / "forward"))
-    parts = run_parts.build(run)
-    params = parts.init()[0].params
-    batch = jax.device_put(next(parts.train).batch)
+def step_of(name: str, folder: Path, transforms: tuple[Any, ...], rows: int = ROWS) -> Timed:
+    """A step of the run with these transforms."""
+    run = arms.load("snippets_minilm", transforms=transforms, workdir=str(folder / name), epochs=0.0, steps=100_000)
+    parts = run_parts.build(arms.changed(run, batch=dict(size=rows)))
+    held, batch = [parts.init()[0]], jax.device_put(next(parts.train).batch)
+    parts.close()
+
+    def one() -> Any:
+        held[0], metrics = parts.step(held[0], batch)
+        return held[0].params, metrics
+
+    return timed(one)
+
+
+def forward(folder: Path) -> Timed:
+    """A forward pass of the teacher over the same rows."""
+    parts = run_parts.build(arms.load("snippets_minilm", workdir=str(folder / "forward")))
+    params, batch = parts.init()[0].params, jax.device_put(next(parts.train).batch)
     parts.close()
     read = jax.jit(
         lambda params, batch: transformer.apply(parts.model, params, batch, hidden_states=True),
         compiler_options=compiler_options(),
     )
+    return timed(lambda: read(params, batch))
 
-    def turn() -> float:
-        begin = time.perf_counter()
-        for _ in range(A_TURN // ROWS):
-            out = read(params, batch)
-        jax.block_until_ready(out)
-        return (time.perf_counter() - begin) / (A_TURN // ROWS)
 
-    turn()
-    return turn
+def in_turn(turns: dict[str, Timed], repeats: int) -> dict[str, list[float]]:
+    """The seconds of each, in turns that go forth and back and begin with another one each time."""
+    names, times = list(turns), {name: [] for name in turns}
+    for i in range(repeats):
+        begin = i % len(names)
+        for name in (names[begin:] + names[:begin])[:: 1 if i % 2 else -1]:
+            times[name].append(turns[name]())
+    print({name: f"{statistics.median(x) * 1e3:.1f} ms" for name, x in times.items()}, flush=True)
+    return times
 
 
 def main():
     parser = argparse.ArgumentParser()
-    parser.add_argument("--repeats", type=int, default=41)
+    parser.add_argument("--repeats", type=int, default=200)
     repeats = parser.parse_args().repeats
     setup()
     head, half = new_head("classification", labels=2), shrink(layers=(0, 2, 4))
     teacher = arms.teacher()["paths"]["folder"]
     taught = distil(teacher, temperature=2.0, soft=0.5, task=0.5, cosine=0.5)
     schedule = (2, 50_002, 100)
-    gradual = {
-        "magnitude": prune(0.8, schedule=schedule),
-        "fisher": prune(0.8, score="fisher", schedule=schedule),
-        "movement": prune(0.8, score="movement", schedule=schedule),
-        "movement, straight through": prune(0.8, score="movement", schedule=schedule, straight_through=True),
+    ways = {
+        "plain": (),
+        "a second plain one": (),
+        "keeping pruned weights": (prune(0.8),),
+        "pruning on a schedule, by magnitude": (prune(0.8, schedule=schedule),),
+        "pruning on a schedule, by fisher": (prune(0.8, score="fisher", schedule=schedule),),
+        "by movement": (prune(0.8, score="movement", schedule=schedule),),
+        "straight through": (prune(0.8, score="movement", schedule=schedule, straight_through=True),),
     }
-    summing = [name for name in gradual if name.startswith("movement")]
+    few = ("plain", "by movement", "straight through")
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        turns = {
-            "plain": steps_of("plain", folder, (head,)),
-            "pruned": steps_of("pruned", folder, (head, prune(0.8))),
-            **{name: steps_of(name, folder, (head, change)) for name, change in gradual.items()},
-            **{f"plain, {n} rows": steps_of(f"plain_{n}", folder, (head,), n) for n in MORE},
-            **{f"{x}, {n} rows": steps_of(f"{x}_{n}", folder, (head, gradual[x]), n) for n in MORE for x in summing},
-            "student": steps_of("student", folder, (head, half)),
-            "distil": steps_of("distil", folder, (head, half, taught)),
+        turns = {name: step_of(name, folder, (head, *change)) for name, change in ways.items()}
+        taking = {
+            "student": step_of("student", folder, (head, half)),
+            "distil": step_of("distil", folder, (head, half, taught)),
             "teacher": forward(folder),
         }
-        times: dict[str, list[float]] = {name: [] for name in turns}
-        for i in range(repeats):
-            for name in list(turns)[:: 1 if i % 2 else -1]:
-                times[name].append(turns[name]())
-    print({name: f"{statistics.median(x) * 1e3:.1f} ms" for name, x in times.items()}, flush=True)
+        times = {ROWS: in_turn(turns, repeats), 0: in_turn(taking, repeats)}
+        del turns, taking
+        for rows, fewer in MORE.items():
+            turns = {name: step_of(f"{name}_{rows}", folder, (head, *ways[name]), rows) for name in few}
+            times[rows] = in_turn(turns, max(2, repeats // fewer))
 
-    def adds(title: str, name: str, rows: str = "", **more: Any) -> dict:
-        ratios = [a / b for a, b in zip(times[name + rows], times["plain" + rows])]
-        value = statistics.median(ratios)
-        return claim(title, value, 1.02, value <= 1.02, ratios, **more)
-
-    both = [a / (b + c) for a, b, c in zip(times["distil"], times["student"], times["teacher"])]
-    write(
-        "transform_cost",
-        [
-            adds("a step that keeps pruned weights over a plain one", "pruned"),
-            adds("a step of pruning on a schedule, by magnitude", "magnitude", times=times),
-            *(adds(f"a step of pruning on a schedule, by {x}", x) for x in gradual if x != "magnitude"),
-            *(adds(f"a step of {n} rows, by {x}", x, f", {n} rows") for n in MORE for x in summing),
-            claim(
-                "a distillation step over forward and step",
-                statistics.median(both),
-                1.15,
-                statistics.median(both) <= 1.15,
-                both,
-            ),
-        ],
-    )
+    claims = []
+    for rows, each in times.items():
+        for name in each if rows else ():
+            ratios = [a / b for a, b in zip(each[name], each["plain"])]
+            value = statistics.median(ratios)
+            quartiles = statistics.quantiles(ratios, n=4)
+            if name != "plain":
+                title = f"a step of {rows} rows, {name}"
+                claims.append(claim(title, value, 1.02, value <= 1.02, ratios, quartiles=quartiles))
+    apart = [a / (b + c) for a, b, c in zip(*(times[0][name] for name in ("distil", "student", "teacher")))]
+    both = statistics.median(apart)
+    claims.append(claim("a distillation step over forward and step", both, 1.15, both <= 1.15, apart))
+    medians = {str(rows): {k: statistics.median(x) for k, x in each.items()} for rows, each in times.items()}
+    claims[0]["seconds"] = medians
+    write("transform_cost", claims)
 
 
 if __name__ == "__main__":
