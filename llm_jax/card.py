@@ -5,6 +5,7 @@ import hashlib
 import importlib.metadata
 import platform
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -109,9 +110,15 @@ def _leaf_hashes(leaves: list[Array]) -> list[Array]:
     return [one(x) for x in leaves]
 
 
-def content_hash(params: Any) -> str:
-    """A fingerprint of the names, shapes, dtypes and bits of a tree, independent of how it is laid out over devices."""
+def content_hash(params: Any, order: Sequence[str] = ()) -> str:
+    """A fingerprint of the names, shapes, dtypes and bits of a tree, independent of how it is laid out over devices.
+
+    Args:
+        order: the names of its leaves in the order of another tree of these, such as one whose fields came back as keys; by default its own.
+    """
     leaves = jax.tree_util.tree_leaves_with_path(params)
+    places = {name: i for i, name in enumerate(order)}
+    leaves.sort(key=lambda leaf: places.get(tree.path_name(leaf[0]), 0))
     sums = jax.device_get(_leaf_hashes([on_device(x) for _, x in leaves]))
     digest = hashlib.sha256()
     for (path, x), pair in zip(leaves, sums):

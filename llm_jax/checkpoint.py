@@ -169,7 +169,8 @@ def load_optimizer(path: Path, place: Callable[[Any], Any]) -> Any:
             saved = ocp.checkpointables_metadata(name).metadata["state"]
             shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), saved)
             loaded = ocp.load_checkpointables(name, {"state": abstract_like(shapes, place(shapes))})["state"]
-        if content_hash(loaded) != read_card(path)["hashes"]["state"]:
+        order = list(json.loads(texts(path)["arrays.json"])["state"])  # of the state's fields, which are keys now
+        if content_hash(loaded, order) != read_card(path)["hashes"]["state"]:
             raise ValueError("the bits of 'state' are not those that were saved")
     except UserError:
         raise

@@ -60,7 +60,7 @@ def make_step(loss: LossFn, grad: GradFn, optimizer: optax.GradientTransformatio
     """(state, batch) -> (state, metrics): the mean gradient over the global batch, and the update that the optimizer makes of it.
 
     An update whose loss or gradient is not finite leaves params and moments as they are and is counted. The optimizer is told (`finite`), and need
-    not look unless it says that it does (`Guarded`).
+    not look but for what it says that it looks after itself: `Guarded` state, weights that are `Placed`.
     """
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:

@@ -21,7 +21,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import NamedSharding, PartitionSpec
 
-from llm_jax import checkpoint
+from llm_jax import checkpoint, tree
 from llm_jax.card import content_hash
 from llm_jax.checkpoint import Checkpoints, abstract_like
 from llm_jax.config import Checkpoint
@@ -468,6 +468,25 @@ def test_weights_alone(tmp_path: Path, params: Any):
     (tmp_path / "file").write_text("x")
     with pytest.raises(CheckpointError, match="file exists already"):
         checkpoint.save_params(tmp_path / "file", params, {})
+
+
+def test_the_optimizer_comes_back_by_name(run: Checkpoints):
+    """As dicts, whose keys come in another order than the fields of the states and the places of tuples."""
+    where = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+
+    def load() -> Any:
+        return checkpoint.load_optimizer(run.root / "1", lambda saved: jax.tree.map(lambda _: where, saved))
+
+    state = {"opt_state": make_state(make_params())["opt_state"]}
+    run.save(1, make_params(), state, {}, card(1), "tokens")
+    run.wait()
+    expected = state["opt_state"]
+    found = dict(zip(tree.names(load()), jax.tree.leaves(load())))
+    assert found.keys() == set(tree.names(expected)) and list(found) != tree.names(expected)
+    for name, x in zip(tree.names(expected), jax.tree.leaves(expected)):
+        assert (found[name].dtype, bits(found[name])) == (x.dtype, bits(x)), name
+    swapped = {name: x for name, x in found.items() if x.dtype == jnp.float32}
+    assert content_hash(swapped, list(swapped)[::-1]) != content_hash(swapped) == content_hash(swapped, list(swapped))
 
 
 def test_sums_are_what_sha256sum_reads(run: Checkpoints, params: Any):

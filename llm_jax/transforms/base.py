@@ -54,10 +54,12 @@ class Guarded:
     """
 
 
-class Placed(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Placed:
     """A weight as it is after an update, in place of the difference; where `finite` is false it is the weight of before.
 
-    For an update that looks again at what it moved: a difference to the weights of before would be one more pass over both.
+    For an update that looks again at what it moved: a difference to the weights of before would be one more pass over both. jax knows it not as a
+    tree, so that what calculates with updates fails on it: no other update may come after one that gives this.
     """
 
     value: Array

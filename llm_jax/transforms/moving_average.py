@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from llm_jax import tree
-from llm_jax.transforms.base import IDENTITY, Placed, Transform, moved, removed
+from llm_jax.transforms.base import IDENTITY, Placed, Transform, removed
 
 
 class MovingAverageState(NamedTuple):
@@ -41,7 +41,7 @@ def moving_average(decay: float, masks: Sequence[str] = (), trained: Callable[[A
             updates, below = inner.update(updates, state.inner, params, **extra)
 
             def one(name: str, u: Any, a: Any, p: Any) -> Any:
-                x = moved(p, u)
+                x = u.value if isinstance(u, Placed) else p + u
                 now = decay * a + (1 - decay) * x
                 return jnp.where(removed(x), 0, now) if any(re.fullmatch(regex, name) for regex in masks) else now
 
@@ -52,7 +52,7 @@ def moving_average(decay: float, masks: Sequence[str] = (), trained: Callable[[A
                 names,
                 state.average,
                 params,
-                is_leaf=lambda u: u is None or isinstance(u, Placed),
+                is_leaf=lambda u: u is None,
             )
             return updates, MovingAverageState(below, average)
 

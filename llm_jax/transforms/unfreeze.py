@@ -31,7 +31,7 @@ def unfreeze(every: int) -> Transform:
 
         def step(updates, state, params=None, **extra):
             updates, below = rule.update(updates, state["inner"], params, **extra)
-            if any(isinstance(u, Placed) for u in jax.tree.leaves(updates, is_leaf=lambda u: isinstance(u, Placed))):
+            if any(isinstance(u, Placed) for u in jax.tree.leaves(updates)):
                 raise ConfigError(
                     "unfreeze comes after a change that removes weights with the updates, which it would keep from layers that wait: put it before"
                 )

@@ -490,6 +490,14 @@ def test_the_update_writes_what_it_keeps_and_copies_no_weight(problem, change):
     made = [op for shape, op in made if tuple(map(int, filter(None, shape.split(",")))) in shapes]
     kept = [x for x in jax.tree.leaves((told[0].params, told[0].opt_state)) if x.shape in shapes]
     assert {op: made.count(op) for op in made if op not in ("parameter", "bitcast")} == {"fusion": len(kept)}
+    # and where nothing is due nothing is done
+    branches = re.findall(r" conditional\(.*branch_computations=\{%([\w.\-]+),", text[text.index("ENTRY") :])
+    assert len(branches) == bool(change.steps)
+    for name in branches:
+        body = re.search(rf"^%{re.escape(name)} .*?^\}}", text, re.M | re.S)[0]
+        assert set(re.findall(r" ([\w-]+)\(", body.split("\n", 1)[1])) <= {"parameter", "get-tuple-element", "tuple"}, (
+            body
+        )
 
 
 def test_other_zeros_are_weights_like_any_other(problem):
@@ -668,11 +676,30 @@ def test_what_is_pruned_already_is_pruned_further(inside, straight_through):
     rng = np.random.default_rng(0)
     params = toy(np.where(rng.random((1, 8, 8)) < 0.25, 0, rng.standard_normal((1, 8, 8))).astype(np.float32))
     optimizer = chain(*both).update(optax.sgd(0.01))
-    state = optimizer.init(params)
+    state, gone = optimizer.init(params), np.asarray(params["decoder"]["layers"]["mlp"]["up"] == 0)
     for _ in range(6):
         updates, state = optimizer.update(jax.tree.map(jnp.ones_like, params), state, params)
         params = jax.tree.map(moved, params, updates)
+        assert (params["decoder"]["layers"]["mlp"]["up"] == 0)[gone].all()
     assert int((params["decoder"]["layers"]["mlp"]["up"] == 0).sum()) == 48
+
+
+@pytest.mark.parametrize("straight_through", [True, False])
+def test_a_new_weight_waits_for_the_schedule(straight_through):
+    """At -0, where an update of 0 leaves it."""
+    change = prune(0.5, schedule=(2, 4, 1), straight_through=straight_through)
+    start = toy(np.where(W > 0, W, -0.0))
+    optimizer = change.update(optax.sgd(0.0))
+    updates, _ = optimizer.update(jax.tree.map(jnp.zeros_like, start), optimizer.init(start), start)
+    found = np.asarray(jax.tree.map(moved, start, updates)["decoder"]["layers"]["mlp"]["up"])
+    np.testing.assert_array_equal(np.signbit(found), W <= 0)
+
+
+def test_what_calculates_with_updates_fails_on_placed_weights():
+    change = chain(prune(0.5, schedule=(0, 4, 1)), Transform(update=lambda inner: optax.chain(inner, optax.scale(0.5))))
+    optimizer = change.update(optax.sgd(0.1))
+    with pytest.raises(TypeError, match="Placed"):
+        optimizer.update(toy(W), optimizer.init(toy(W)), toy(W))
 
 
 def test_schedule_free_weights_are_pruned_too(problem):
@@ -681,17 +708,18 @@ def test_schedule_free_weights_are_pruned_too(problem):
         assert (x == 0).mean() == 0.5, name
 
 
-@pytest.mark.parametrize("score, straight_through", [("magnitude", False), ("magnitude", True), ("movement", True)])
+@pytest.mark.parametrize("score", GRADUAL)
+@pytest.mark.parametrize("straight_through", [False, True])
 def test_a_skipped_update_is_no_step_of_the_schedule(score, straight_through):
-    change = prune(0.5, score=score, schedule=(0, 2, 1), straight_through=straight_through)
-    optimizer = change.update(optax.sgd(0.25))
+    change = prune(0.5, score=score, schedule=(0, 4, 1), straight_through=straight_through)
+    optimizer = change.update(optax.adam(0.01))
 
     def loss(params, batch, key, reference):
         return toy_loss(params, batch, key, reference)._replace(total=toy_loss(params, None, key, {}).total * batch)
 
     step = jax.jit(make_step(loss, differentiate(loss), optimizer), compiler_options=FAST)
     state = init_state(toy(W), optimizer, jax.random.key(0))
-    for factor, zeros in ((1.0, 3), (float("nan"), 3), (1.0, 3)):
+    for factor, zeros in ((1.0, 2), (float("nan"), 2), (1.0, 3)):
         before, state = state, step(state, jnp.float32(factor))[0]
         assert int((state.params["decoder"]["layers"]["mlp"]["up"] == 0).sum()) == zeros
         if np.isnan(factor):
