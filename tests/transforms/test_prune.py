@@ -689,7 +689,7 @@ def test_a_new_weight_waits_for_the_schedule(straight_through):
     """At -0, where an update of 0 leaves it."""
     change = prune(0.5, schedule=(2, 4, 1), straight_through=straight_through)
     start = toy(np.where(W > 0, W, -0.0))
-    optimizer = change.update(optax.sgd(0.0))
+    optimizer = change.update(optax.set_to_zero())  # an update of +0
     updates, _ = optimizer.update(jax.tree.map(jnp.zeros_like, start), optimizer.init(start), start)
     found = np.asarray(jax.tree.map(moved, start, updates)["decoder"]["layers"]["mlp"]["up"])
     np.testing.assert_array_equal(np.signbit(found), W <= 0)
