@@ -339,8 +339,8 @@ def _gradual(
             before, now = _kept(params, rule.targets), state.step + 1
             targets = _named(before)
 
-            def own(tree: Any) -> dict[str, Array]:
-                return {name: x for name, x in _named(tree).items() if name in targets}
+            def own(weights: Any) -> dict[str, Array]:
+                return {name: x for name, x in _named(weights).items() if name in targets}
 
             def live(new: Any, old: Any) -> Any:
                 return jax.tree.map(lambda new, old: jnp.where(finite, new, old), new, old)
