@@ -2,14 +2,13 @@
 
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import optax
 
 from llm_jax import tree
 from llm_jax.errors import ConfigError
 from llm_jax.models.transformer import depths
-from llm_jax.transforms.base import Placed, Transform
+from llm_jax.transforms.base import Transform
 
 
 def unfreeze(every: int) -> Transform:
@@ -31,10 +30,6 @@ def unfreeze(every: int) -> Transform:
 
         def step(updates, state, params=None, **extra):
             updates, below = rule.update(updates, state["inner"], params, **extra)
-            if any(isinstance(u, Placed) for u in jax.tree.leaves(updates)):
-                raise ConfigError(
-                    "unfreeze comes after a change that removes weights with the updates, which it would keep from layers that wait: put it before"
-                )
             stage = 1 + state["step"] // every
             updates = tree.map_with_name(
                 lambda _, u, depth: jnp.where(jnp.asarray(depth) <= stage, u, -0.0).astype(
