@@ -1,12 +1,12 @@
 """Claims: four fifths of an encoder's weights go on a schedule at one point of accuracy at most, fewer than at once, and stay gone.
 
     pip install -e .
-    python -m benchmarks.prune_schedule [--seeds 0 1 2] [--kept]
+    python -m benchmarks.prune_schedule [--seeds 0 1 2 | --kept]
 
 The start is configs/snippets_minilm.py of the same seed; on a schedule it is configs/prune_fisher.py; at once it is the same run, as long, with the
 weights gone before its first step by SparseGPT, the best of the scores at once. Then the pruned model is fine-tuned further, stopped and started
 again on the way, and exported: the zeros are counted. Three hours on two cores; with --kept, for a change of the schedule alone, the arm at once is
-taken from the results on file, with the commit and the machine that it is from.
+taken from the results on file, and its claim states the commit and the machine that it is from.
 """
 
 import argparse
@@ -69,12 +69,11 @@ def on_file() -> dict[str, Any]:
 
 def main():
     parser = argparse.ArgumentParser()
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument(
-        "--kept", action="store_true", help="take the arm at once, of the same seeds, from the results on file"
-    )
+    either = parser.add_mutually_exclusive_group()
+    either.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    either.add_argument("--kept", action="store_true", help="take the arm at once from the results on file")
     options = parser.parse_args()
-    seeds = options.seeds
+    seeds, kept = options.seeds, on_file() if options.kept else None
     starts = arms.arm("full", arms.load("snippets_minilm"), seeds)
     gradual = arms.following("prune_schedule", lambda start: arms.on("prune_fisher", start), starts)
 
@@ -83,7 +82,7 @@ def main():
         *others, _ = run.transforms
         return dataclasses.replace(run, transforms=(*others, prune(SPARSITY, score="sparsegpt", batches=128)))
 
-    once = on_file() if options.kept else arms.following("prune_once", at_once, starts)["eval"]
+    once = kept or arms.following("prune_once", at_once, starts)["eval"]
     dense, values = starts["eval"]["accuracy"]["values"], gradual["eval"]["accuracy"]["values"]
     lost = [a - b for a, b in zip(dense, values)]
     gain = [a - b for a, b in zip(values, once["accuracy"]["values"], strict=True)]
@@ -96,7 +95,14 @@ def main():
         "prune_schedule",
         [
             claim("accuracy lost with 80% of the layers' weights", cost, 0.01, cost <= 0.01, lost, **detail),
-            claim("accuracy above pruning at once, as long a run", better, 0.0, better > 0, gain),
+            claim(
+                "accuracy above pruning at once, as long a run",
+                better,
+                0.0,
+                better > 0,
+                gain,
+                **{name: once[name] for name in ("commit", "machine") if name in once},
+            ),
             claim(
                 "sparsity, the same after a further run, a restart and an export",
                 share,
