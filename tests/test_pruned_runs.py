@@ -15,7 +15,8 @@ from llm_jax.config import Batch, Checkpoint, Data, Eval, Optimizer, Run
 from llm_jax.errors import CheckpointError, ConfigError
 from llm_jax.models.config import ModelConfig
 from llm_jax.tasks import NextToken
-from llm_jax.transforms import densify, grow_depth, lengthen, lora, prune, shrink, silence, unfreeze
+from llm_jax.transforms import densify, grow_depth, lengthen, lora, offload_moments, prune, shrink, silence, unfreeze
+from llm_jax.transforms.prune import cubic
 
 UP = "decoder/layers/mlp/up"
 
@@ -73,6 +74,24 @@ def test_the_card_states_what_is_pruned_and_a_restart_changes_nothing(pruned, co
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "6")
     loop.train(run_of(corpus, tmp_path / "run", name="run"))
     jax.tree.map(np.testing.assert_array_equal, model.load(tmp_path / "run").params, model.load(pruned).params)
+
+
+@pytest.mark.parametrize("average", [0.0, 0.5])
+def test_straight_through_the_model_has_zeros_and_the_run_the_weights_behind_them(corpus, tmp_path, average):
+    """What is evaluated, saved and loaded is pruned; the dense weights and the mask go on after a stop, wherever they lie meanwhile."""
+    change = prune(0.75, schedule=(1, 5, 2), straight_through=True)
+    settings = dict(optimizer=Optimizer(learning_rate=1e-2, weight_decay=0.1, moving_average=average))
+    folder = trained(run_of(corpus, tmp_path / "run", transforms=(change,), **settings))
+    assert zeros(folder).mean() == 0.75 and checkpoint.read_card(folder)["pruned"][UP] == 0.75
+    held = zeros(folder / "checkpoints" / "3").mean()
+    assert held == pytest.approx(float(cubic(3, 1, 5, 0.75)), abs=1e-3), "half way, on the schedule"
+
+    shutil.copytree(folder, tmp_path / "again")
+    shutil.rmtree(tmp_path / "again" / "checkpoints" / "6")
+    again = trained(run_of(corpus, tmp_path / "again", transforms=(change,), name="run", **settings))
+    beside = trained(run_of(corpus, tmp_path / "host", transforms=(change, offload_moments()), **settings))
+    hashes = [checkpoint.read_card(each)["hashes"] for each in (folder, again, beside)]
+    assert hashes[0] == hashes[1] == hashes[2]
 
 
 def test_a_schedule_longer_than_the_run_is_refused(corpus, tmp_path):

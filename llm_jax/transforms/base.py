@@ -16,6 +16,7 @@ from llm_jax.errors import ConfigError
 from llm_jax.losses import GradFn, LossFn
 from llm_jax.models.config import ModelConfig
 from llm_jax.models.transformer import Params
+from llm_jax.platform import on_device
 
 
 class _ConfigChange(Protocol):
@@ -74,6 +75,27 @@ def moved(p: Array, u: Array | Placed | None, finite: Any = True) -> Array:
     if u is None:
         return p
     return u.value if isinstance(u, Placed) else jnp.where(finite, p + u, p).astype(p.dtype)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Mask:
+    """In the state of an update: which of the weights that are trained the model is applied without (`applied`), evaluated and saved."""
+
+    kept: Any
+    """a tree like the trained params: False where a weight is removed, None where none is"""
+
+
+def applied(opt_state: Any, params: Any) -> Any:
+    """The weights that the model is applied with: those that are trained, 0 where a `Mask` of the update's state says so."""
+
+    def masked(kept: Any, x: Any) -> Any:
+        return x if kept is None or x is None else jnp.where(kept, x, 0)
+
+    for mask in jax.tree.leaves(opt_state, is_leaf=lambda x: isinstance(x, Mask)):
+        if isinstance(mask, Mask):
+            params = jax.tree.map(masked, on_device(mask.kept), params, is_leaf=lambda x: x is None)
+    return params
 
 
 Change = Callable[[ModelConfig, Params, Array], Params]

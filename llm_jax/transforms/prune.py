@@ -26,6 +26,7 @@ from llm_jax.transforms.base import (
     IDENTITY,
     Calibration,
     Guarded,
+    Mask,
     Placed,
     Transform,
     kept_moments,
@@ -71,7 +72,8 @@ def prune(
     """The weights that are worth least become zero and stay zero: round(sparsity * size) of each group (`select`), of equal ones the first.
 
     Without a schedule they go at the start, and whatever is zero in the targets then is kept zero by the update, exactly; in a chain of several
-    what an earlier one removed counts. It must be the last of a chain that changes weights. Zeros are kept in params, not in a mask.
+    what an earlier one removed counts. It must be the last of a chain that changes weights. Zeros are kept in params, not in a mask,
+    but for `straight_through`.
 
     Args:
         sparsity: share of zeros in the targets; with N:M it is 1 - N/M.
@@ -83,8 +85,9 @@ def prune(
         schedule: (begin, end, every): after each `every` updates from `begin` to `end` the share that `cubic` tells goes, by the weights of
             that time; the sparsity is reached with update `end`. Updates that were skipped do not count.
         initial: with a schedule: the share that it begins with, as of a model that is pruned so far already.
-        straight_through: with a schedule: until `end` what is removed goes on being trained, by the gradient at zero, beside the params, and may
-            come back (straight-through estimator; Bengio et al. 2013). Movement pruning is meant to be used so.
+        straight_through: with a schedule: what is removed goes on being trained, by the gradient at zero, and may come back until `end`
+            (straight-through estimator; Bengio et al. 2013). The weights that are trained and a mask are kept until the run ends, and the model
+            is applied, evaluated and saved with zeros. Movement pruning is meant to be used so.
         batches: calibration rows that taylor, fisher, wanda and sparsegpt look at, in batches of the run; none on a schedule. Where the run
             accumulates gradients fisher squares those of slices.
         sequential: wanda and sparsegpt look at each layer after those below it are pruned, as published: all the rows pass through the
@@ -251,14 +254,14 @@ class PruneState(Guarded):
     inner: Any
     step: Array
     """updates made"""
-    hidden: Any = None
-    """straight through: the weights as they would be if none were removed, which are what is trained"""
+    mask: Mask | None = None
+    """straight through: what is removed of the weights that are trained"""
     sums: Any = None
     """what movement sums up of the gradients"""
 
 
 def _kept(params: Any, targets: Sequence[str]) -> Any:
-    """False where a target's weight is removed, None at other weights: no mask is stored, the zeros are it."""
+    """False where a target's weight is removed, None at other weights: the zeros are the mask."""
     return tree.map_with_name(lambda name, p: ~removed(p) if _matches(name, targets) else None, params)
 
 
@@ -309,7 +312,8 @@ def _gradual(
     rule: Rule, schedule: tuple[int, int, int], initial: float, straight_through: bool
 ) -> Callable[[optax.GradientTransformation], optax.GradientTransformation]:
     """An update that removes weights on the schedule, by the weights and moments after it. What goes is chosen when it is due alone, and goes in
-    place (`Placed`): any other update writes what a plain one does, and the sums and the dense weights where they are kept.
+    place (`Placed`): any other update writes what a plain one does, and the sums where they are kept. Straight through the params are all the
+    weights that are trained, the state keeps a mask of those that are removed, and `applied` sets these to zero.
     """
     (begin, end, every), score = schedule, scores.GRADUAL[rule.score]
     add = score.add
@@ -331,12 +335,12 @@ def _gradual(
                     f"prune: on a schedule score {rule.score!r} reads second moments, which this optimizer does not keep: take adam or adamw"
                 )
 
-            hidden = jax.tree.map(jnp.copy, targets) if straight_through else None
+            mask = Mask(_kept(params, rule.targets)) if straight_through else None
             sums = jax.tree.map(jnp.zeros_like, targets) if score.add else None
-            return PruneState(below, jnp.zeros((), jnp.int32), hidden, sums)
+            return PruneState(below, jnp.zeros((), jnp.int32), mask, sums)
 
         def step(updates, state, params=None, *, finite=True, **extra):
-            before, now = _kept(params, rule.targets), state.step + 1
+            before, now = state.mask.kept if state.mask else _kept(params, rule.targets), state.step + 1
             targets = _named(before)
 
             def own(weights: Any) -> dict[str, Array]:
@@ -345,25 +349,29 @@ def _gradual(
             def live(new: Any, old: Any) -> Any:
                 return jax.tree.map(lambda new, old: jnp.where(finite, new, old), new, old)
 
-            weights = _at(lambda _, p, h: h, before, params, state.hidden) if straight_through else params
-            sums = _at(lambda _, *read: add(*read), before, state.sums, weights, updates) if add else None
-            updates, below = optimizer.update(updates, state.inner, weights, finite=finite, **extra)
-            after = own(_at(lambda _, w, u: moved(w, _still(u), finite), before, weights, updates))
-            hidden = tree.map_with_name(lambda name, _: after[name], state.hidden)
-            new = PruneState(live(below, state.inner), live(now, state.step), hidden, live(sums, state.sums))
+            sums = _at(lambda _, *read: add(*read), before, state.sums, params, updates) if add else None
+            updates, below = optimizer.update(updates, state.inner, params, finite=finite, **extra)
+            after = own(_at(lambda _, p, u: moved(p, _still(u), finite), before, params, updates))
+            inner, sums = live(below, state.inner), live(sums, state.sums)
 
-            def choose(placed: dict[str, Array], hidden: dict[str, Array], read: dict[str, Array]) -> dict[str, Array]:
-                chosen = {name: matrix(name, x) for name, x in (hidden or placed).items()}
+            def choose(held: dict[str, Array], hidden: dict[str, Array], read: dict[str, Array]) -> dict[str, Array]:
+                chosen = {name: matrix(name, x) for name, x in (hidden or held).items()}
                 worth = {name: score.worth(x, matrix(name, read[name]) if read else x) for name, x in chosen.items()}
                 stays = select(rule, worth, chosen, cubic(now, begin, end, 1.0, initial / rule.sparsity))
-                return {name: jnp.where(stays[name], x, 0).reshape(placed[name].shape) for name, x in chosen.items()}
+                made = stays if straight_through else {name: jnp.where(stays[name], x, 0) for name, x in chosen.items()}
+                return {name: x.reshape(held[name].shape) for name, x in made.items()}
 
             due = finite & (now > begin) & (now <= end) & ((now - begin) % every == 0)
             placed = {name: jnp.where(kept, after[name], 0) for name, kept in targets.items()}
-            read = own(_squares(new.inner) if score.squares else new.sums)
-            placed = jax.lax.cond(due, choose, lambda placed, *_: placed, placed, own(hidden), read)
-            found = tree.map_with_name(lambda name, _: placed[name], before)
-            return _at(lambda x, _: Placed(x), found, updates), new
+            held, hidden = (targets, after) if straight_through else (placed, {})
+            read = own(_squares(inner) if score.squares else sums)
+            held = jax.lax.cond(due, choose, lambda held, *_: held, held, hidden, read)
+
+            def like(found: dict[str, Array]) -> Any:
+                return tree.map_with_name(lambda name, _: found[name], before)
+
+            new = PruneState(inner, live(now, state.step), Mask(like(held)) if straight_through else None, sums)
+            return _at(lambda x, _: Placed(x), like(hidden or held), updates), new
 
         return optax.GradientTransformationExtraArgs(init, step)
 

@@ -17,7 +17,7 @@ from llm_jax.losses import Loss
 from llm_jax.models import transformer
 from llm_jax.platform import compiler_options
 from llm_jax.step import differentiate, init_state, make_step
-from llm_jax.transforms.base import IDENTITY, Calibration, Transform, chain, moved
+from llm_jax.transforms.base import IDENTITY, Calibration, Transform, applied, chain, moved
 from llm_jax.transforms.freeze import freeze
 from llm_jax.transforms.moving_average import moving_average
 from llm_jax.transforms.prune import (
@@ -488,7 +488,7 @@ def test_the_update_writes_what_it_keeps_and_copies_no_weight(problem, change):
     shapes = {x.shape for x in named(problem.params).values() if x.ndim > 2}
     made = re.findall(r"= \w+\[([\d,]*)\]\S* (\w+)\(", text[text.index("ENTRY") :])
     made = [op for shape, op in made if tuple(map(int, filter(None, shape.split(",")))) in shapes]
-    kept = [x for x in jax.tree.leaves((told[0].params, told[0].opt_state)) if x.shape in shapes]
+    kept = [x for x in jax.tree.leaves((told[0].params, told[0].opt_state)) if x.shape in shapes and x.dtype != bool]
     assert {op: made.count(op) for op in made if op not in ("parameter", "bitcast")} == {"fusion": len(kept)}
     # and where nothing is due nothing is done
     branches = re.findall(r" conditional\(.*branch_computations=\{%([\w.\-]+),", text[text.index("ENTRY") :])
@@ -605,13 +605,18 @@ def toy_loss(params, batch, key, reference):
     return Loss(jnp.sum((params["decoder"]["layers"]["mlp"]["up"] - TARGET) ** 2) / 2, jnp.float32(1), {})
 
 
+def up_of(state):
+    """The matrix of the toy as the model is applied with it."""
+    return applied(state.opt_state, state.params)["decoder"]["layers"]["mlp"]["up"]
+
+
 def toy_train(change, steps, rule=None):
     optimizer = change.update(rule or optax.sgd(0.25))
     step = jax.jit(make_step(toy_loss, differentiate(toy_loss), optimizer), compiler_options=FAST)
     states = [init_state(toy(W), optimizer, jax.random.key(0))]
     for _ in range(steps):
         states.append(step(states[-1], None)[0])
-    return [np.asarray(state.params["decoder"]["layers"]["mlp"]["up"]) for state in states], states
+    return [np.asarray(up_of(state)) for state in states], states
 
 
 @pytest.mark.parametrize("score", ["magnitude", "fisher", "movement"])
@@ -646,8 +651,36 @@ def test_each_step_of_a_schedule(score, straight_through):
         dense = now
         np.testing.assert_allclose(found[t], np.where(kept, dense, 0), atol=1e-5, err_msg=f"{t}")
         assert (found[t] == 0).sum() == (~kept).sum()
+        if straight_through and t <= end:
+            np.testing.assert_allclose(states[t].params["decoder"]["layers"]["mlp"]["up"], dense, atol=1e-5)
     assert back == straight_through or score == "movement"
-    np.testing.assert_array_equal(states[-1].params["decoder"]["layers"]["mlp"]["up"] != 0, kept)
+    np.testing.assert_array_equal(up_of(states[-1]) != 0, kept)
+
+
+def test_the_objective_straight_through_is_that_of_the_pruned_model():
+    """Where an update may ask for it again, as a line search does: of the weights that it names, without those that are removed."""
+    asked = optax.GradientTransformationExtraArgs(
+        lambda params: jnp.zeros(2),
+        lambda g, state, params, *, value, value_fn, **_: (g, jnp.stack([value, value_fn(params)])),
+    )
+    _, states = toy_train(prune(0.5, schedule=(0, 2, 1), straight_through=True), 3, asked)
+    value, again = states[-1].opt_state.inner
+    dense = toy_loss(states[-2].params, None, None, {}).total
+    assert value == again == toy_loss(toy(up_of(states[-2])), None, None, {}).total != dense
+
+
+def test_several_masks_straight_through(problem):
+    """Each keeps one of its own."""
+    changes = [
+        prune(share, targets=[target], schedule=(0, 2, 1), straight_through=True)
+        for target, share in ((UP, 0.5), (DOWN, 0.75))
+    ]
+    last = train(problem, chain(*changes), 3)[-1]
+    found = named(applied(last.opt_state, last.params))
+    assert (found[UP] == 0).mean() == 0.5 and (found[DOWN] == 0).mean() == 0.75
+    for name, x in named(last.params).items():
+        assert (x != 0).all() or name not in (UP, DOWN)
+        np.testing.assert_array_equal(found[name], np.where(found[name] == 0, 0, x))
 
 
 def test_a_new_weight_does_not_end_at_the_zero_of_one_that_is_removed():
@@ -681,7 +714,7 @@ def test_what_is_pruned_already_is_pruned_further(inside, straight_through):
         updates, state = optimizer.update(jax.tree.map(jnp.ones_like, params), state, params)
         params = jax.tree.map(moved, params, updates)
         assert (params["decoder"]["layers"]["mlp"]["up"] == 0)[gone].all()
-    assert int((params["decoder"]["layers"]["mlp"]["up"] == 0).sum()) == 48
+    assert int((applied(state, params)["decoder"]["layers"]["mlp"]["up"] == 0).sum()) == 48
 
 
 @pytest.mark.parametrize("straight_through", [True, False])
@@ -721,7 +754,7 @@ def test_a_skipped_update_is_no_step_of_the_schedule(score, straight_through):
     state = init_state(toy(W), optimizer, jax.random.key(0))
     for factor, zeros in ((1.0, 2), (float("nan"), 2), (1.0, 3)):
         before, state = state, step(state, jnp.float32(factor))[0]
-        assert int((state.params["decoder"]["layers"]["mlp"]["up"] == 0).sum()) == zeros
+        assert int((up_of(state) == 0).sum()) == zeros
         if np.isnan(factor):
             bits = [
                 [x.tobytes() for x in jax.tree.leaves(jax.device_get((s.params, s.opt_state)))] for s in (before, state)
@@ -759,13 +792,16 @@ def test_masks_lie_with_their_weights(problem, mesh, change):
         for _ in range(3):
             state, _ = step(state, batch)
     own = dict(zip(tree.names(state.params), jax.tree.leaves(state.params)))
-    for part in [getattr(state.opt_state, name, None) for name in ("hidden", "sums")]:
+    beside = [state.opt_state.mask.kept, state.opt_state.sums] if change.steps else []
+    for part in beside:
+        assert len(tree.names(part)) == len(matrices(state.params))
         for name, x in zip(tree.names(part), jax.tree.leaves(part)):
             assert x.sharding.is_equivalent_to(own[name].sharding, x.ndim) and not x.is_fully_replicated, name
     alone = train(problem, change, 3)[-1]
-    for name, x in matrices(state.params).items():
-        np.testing.assert_array_equal(x == 0, matrices(alone.params)[name] == 0, err_msg=name)
-        np.testing.assert_allclose(x, matrices(alone.params)[name], atol=1e-3, err_msg=name)
+    found, expected = (matrices(optim.eval_params(each.opt_state, each.params)) for each in (state, alone))
+    for name, x in found.items():
+        np.testing.assert_array_equal(x == 0, expected[name] == 0, err_msg=name)
+        np.testing.assert_allclose(x, expected[name], atol=1e-3, err_msg=name)
 
 
 # The laws
