@@ -1,9 +1,9 @@
 """Checkpoints: complete or absent, written in the background, verified when read. With `remote_arrays.py` all that knows Orbax.
 
-A checkpoint is a folder with `params/` (the weights that are evaluated, so that a model loads without its optimizer), `state/` (the rest
-of the train state) and `about/`: `card.json`, `arrays.json` (types and shapes), `tokenizer.json`, `data.json` (the place in the data) and
-their `SHA256SUMS`. Arrays are verified by the hashes in the card. It is complete on a disk once it bears its name, in a bucket once it holds `COMMIT`,
-and it ceases to be so before anything of it is moved or removed.
+A checkpoint is a folder with `params/` (the weights that are evaluated, so that a model loads without its optimizer), `state/` (the rest of the train
+state, with the weights that are trained where others are evaluated) and `about/`: `card.json`, `arrays.json` (types and shapes), `tokenizer.json`,
+`data.json` (the place in the data) and their `SHA256SUMS`. Arrays are verified by the hashes in the card. It is complete on a disk once it bears its
+name, in a bucket once it holds `COMMIT`, and it ceases to be so before anything of it is moved or removed.
 """
 
 import asyncio

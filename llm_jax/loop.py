@@ -267,7 +267,7 @@ class _Session:
         )
 
     def weights(self) -> Any:
-        """The weights to evaluate: those of the best checkpoint at the end of a run with patience, else the averaged ones where there are such."""
+        """The weights to evaluate: those of the best checkpoint at the end of a run with patience, else `optim.eval_params`."""
         if self.final is not None:
             return self.final
         return _of_model(optim.eval_params(self.state.opt_state, self.state.params), self.parts.extra)

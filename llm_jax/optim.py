@@ -15,7 +15,7 @@ from llm_jax import config, tree
 from llm_jax.errors import ConfigError, suggest
 from llm_jax.models.transformer import depths
 from llm_jax.platform import on_device
-from llm_jax.transforms.base import applied, removed
+from llm_jax.transforms.base import effective_params, removed
 from llm_jax.transforms.moving_average import MovingAverageState
 
 RATES = ("learning_rate", "max_learning_rate")
@@ -248,8 +248,8 @@ def make_optimizer(
 
 
 def eval_params(opt_state: Any, params: Any) -> Any:
-    """The params to evaluate: the moving average where the optimizer keeps one, else those that are trained; 0 where it masks one (`applied`)."""
-    return applied(opt_state, _averaged(opt_state, params))
+    """The params to evaluate: the moving average where the optimizer keeps one, else those that are trained, with the zeros of its `WeightMask`s."""
+    return effective_params(opt_state, _averaged(opt_state, params))
 
 
 def _averaged(opt_state: Any, params: Any) -> Any:

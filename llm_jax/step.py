@@ -11,7 +11,7 @@ from llm_jax import tree
 from llm_jax.losses import GradFn, Loss, LossFn
 from llm_jax.platform import on_device
 from llm_jax.tasks.base import Batch
-from llm_jax.transforms.base import Guarded, applied, moved
+from llm_jax.transforms.base import Guarded, effective_params, moved
 
 State = Any
 
@@ -21,6 +21,7 @@ class TrainState(NamedTuple):
 
     step: Int[Array, ""]
     params: Any
+    """the weights that are trained; the model is applied with `effective_params` of them, and evaluated with `optim.eval_params`"""
     opt_state: Any
     key: Array
     """the run's key; that of a step is folded from it"""
@@ -59,14 +60,14 @@ def init_state(
 def make_step(loss: LossFn, grad: GradFn, optimizer: optax.GradientTransformationExtraArgs):
     """(state, batch) -> (state, metrics): the mean gradient over the global batch, and the update that the optimizer makes of it.
 
-    Loss and gradient are those of the weights that the model is applied with: where the update masks some, these are 0, and the gradient there
-    is that of the weights behind them. An update whose loss or gradient is not finite leaves params and moments as they are and is counted. The
-    optimizer is told (`finite`), and need not look but for what it says that it looks after itself: `Guarded` state, weights that are `Placed`.
+    Loss and gradient are those at the weights that the model is applied with (`effective_params`). An update whose loss or gradient is not finite
+    leaves params and moments as they are and is counted. The optimizer is told (`finite`), and need not look but for what it says that it looks
+    after itself: `Guarded` state, weights that are `Placed`.
     """
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
         key = jax.random.fold_in(state.key, state.step)
-        found, gradient = grad(applied(state.opt_state, state.params), batch, key, state.reference)
+        found, gradient = grad(effective_params(state.opt_state, state.params), batch, key, state.reference)
         before = on_device(state.opt_state, after=gradient)
         weight = jnp.maximum(found.weight, 1e-9)
         gradient = jax.tree.map(lambda g: g / weight, gradient)
@@ -74,7 +75,7 @@ def make_step(loss: LossFn, grad: GradFn, optimizer: optax.GradientTransformatio
         finite = jnp.isfinite(value) & jnp.isfinite(norm)
 
         def value_fn(params: Any) -> Array:
-            whole = applied(state.opt_state, tree.merge(params, state.params))
+            whole = effective_params(before, tree.merge(params, state.params))
             again = loss(whole, batch, key, state.reference)
             return again.total / weight
 

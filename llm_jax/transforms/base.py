@@ -79,23 +79,36 @@ def moved(p: Array, u: Array | Placed | None, finite: Any = True) -> Array:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Mask:
-    """In the state of an update: which of the weights that are trained the model is applied without (`applied`), evaluated and saved."""
+class WeightMask:
+    """In the state of an update: which of the weights that are trained the model is applied, evaluated and saved without (`effective_params`)."""
 
     kept: Any
     """a tree like the trained params: False where a weight is removed, None where none is"""
 
 
-def applied(opt_state: Any, params: Any) -> Any:
-    """The weights that the model is applied with: those that are trained, 0 where a `Mask` of the update's state says so."""
+def effective_params(opt_state: Any, params: Any) -> Any:
+    """The weights that the model is applied with: those that are trained, with zeros where the update's state has a `WeightMask`.
 
-    def masked(kept: Any, x: Any) -> Any:
-        return x if kept is None or x is None else jnp.where(kept, x, 0)
-
-    for mask in jax.tree.leaves(opt_state, is_leaf=lambda x: isinstance(x, Mask)):
-        if isinstance(mask, Mask):
-            params = jax.tree.map(masked, on_device(mask.kept), params, is_leaf=lambda x: x is None)
+    They are differentiated straight through: the gradient at a zero is that of the weight behind it.
+    """
+    for mask in jax.tree.leaves(opt_state, is_leaf=lambda x: isinstance(x, WeightMask)):
+        if isinstance(mask, WeightMask):
+            kept = on_device(mask.kept)
+            params = jax.tree.map(
+                lambda kept, x: x if kept is None or x is None else _masked_straight_through(kept, x),
+                kept,
+                params,
+                is_leaf=lambda x: x is None,
+            )
     return params
+
+
+@jax.custom_jvp
+def _masked_straight_through(kept: Bool[Array, "..."], x: Array) -> Array:
+    return jnp.where(kept, x, 0)
+
+
+_masked_straight_through.defjvps(None, lambda tangent, *_: tangent)
 
 
 Change = Callable[[ModelConfig, Params, Array], Params]

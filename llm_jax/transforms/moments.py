@@ -4,6 +4,7 @@ Each growth says in a `Growth` (`base.py`) how weights, gradients and squares of
 growth it is, and nothing is trained.
 """
 
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -74,7 +75,12 @@ def carry(
     whole = chain(*changes)
     shapes, after = transformer.shapes(config), transformer.shapes(whole.config(config))
     before, now = _by_name(shapes), _by_name(after)
-    held = {name: x for name, x in _plain(old_opt_state).items() if not name.startswith(AROUND)}
+    held = _plain(old_opt_state)
+    for name, kept in held.items():
+        average = re.sub(f"^({AROUND})+mask/kept/", "average/", name)  # of weights that the model was applied without
+        if average != name and average in held:
+            held[average] = jnp.where(kept, held[average], 0)
+    held = {name: x for name, x in held.items() if not name.startswith(AROUND)}
 
     def place(name: str) -> tuple[str, str]:
         """The path of the tree that a leaf is in, and the parameter it belongs to; of a counter its state and nothing."""

@@ -1,4 +1,4 @@
-"""Pruning: weights set to zero at once or on a schedule, kept at zero by the update, and what a card says of them.
+"""Pruning: weights set to zero at once or on a schedule, kept at zero by the update or by a mask in its state, and what a card says of them.
 
 What a weight is worth is told in `scores.py`. Neurons, heads and layers that are cut out, so that sizes change, are `shrink`'s business.
 """
@@ -26,9 +26,10 @@ from llm_jax.transforms.base import (
     IDENTITY,
     Calibration,
     Guarded,
-    Mask,
     Placed,
     Transform,
+    WeightMask,
+    effective_params,
     kept_moments,
     marked,
     moved,
@@ -254,7 +255,7 @@ class PruneState(Guarded):
     inner: Any
     step: Array
     """updates made"""
-    mask: Mask | None = None
+    mask: WeightMask | None = None
     """straight through: what is removed of the weights that are trained"""
     sums: Any = None
     """what movement sums up of the gradients"""
@@ -313,7 +314,7 @@ def _gradual(
 ) -> Callable[[optax.GradientTransformation], optax.GradientTransformation]:
     """An update that removes weights on the schedule, by the weights and moments after it. What goes is chosen when it is due alone, and goes in
     place (`Placed`): any other update writes what a plain one does, and the sums where they are kept. Straight through the params are all the
-    weights that are trained, the state keeps a mask of those that are removed, and `applied` sets these to zero.
+    weights that are trained, and the state keeps a mask of those that are removed (`WeightMask`).
     """
     (begin, end, every), score = schedule, scores.GRADUAL[rule.score]
     add = score.add
@@ -335,43 +336,48 @@ def _gradual(
                     f"prune: on a schedule score {rule.score!r} reads second moments, which this optimizer does not keep: take adam or adamw"
                 )
 
-            mask = Mask(_kept(params, rule.targets)) if straight_through else None
+            mask = WeightMask(_kept(params, rule.targets)) if straight_through else None
             sums = jax.tree.map(jnp.zeros_like, targets) if score.add else None
             return PruneState(below, jnp.zeros((), jnp.int32), mask, sums)
 
         def step(updates, state, params=None, *, finite=True, **extra):
-            before, now = state.mask.kept if state.mask else _kept(params, rule.targets), state.step + 1
-            targets = _named(before)
-
-            def own(weights: Any) -> dict[str, Array]:
-                return {name: x for name, x in _named(weights).items() if name in targets}
+            kept, now = state.mask.kept if straight_through else _kept(params, rule.targets), state.step + 1
 
             def live(new: Any, old: Any) -> Any:
                 return jax.tree.map(lambda new, old: jnp.where(finite, new, old), new, old)
 
-            sums = _at(lambda _, *read: add(*read), before, state.sums, params, updates) if add else None
+            sums = _at(lambda _, *read: add(*read), kept, state.sums, params, updates) if add else None
             updates, below = optimizer.update(updates, state.inner, params, finite=finite, **extra)
-            after = own(_at(lambda _, p, u: moved(p, _still(u), finite), before, params, updates))
             inner, sums = live(below, state.inner), live(sums, state.sums)
+            trained = _named(updates)
+            masks = {name: x for name, x in _named(kept).items() if name in trained}
 
-            def choose(held: dict[str, Array], hidden: dict[str, Array], read: dict[str, Array]) -> dict[str, Array]:
-                chosen = {name: matrix(name, x) for name, x in (hidden or held).items()}
+            def own(weights: Any) -> dict[str, Array]:
+                return {name: x for name, x in _named(weights).items() if name in masks}
+
+            def stays(weights: dict[str, Array], read: dict[str, Array]) -> dict[str, Array]:
+                # what a mask inside of this update removed is gone already
+                seen = own(effective_params(inner, tree.map_with_name(lambda name, _: weights.get(name), kept)))
+                chosen = {name: matrix(name, x) for name, x in seen.items()}
                 worth = {name: score.worth(x, matrix(name, read[name]) if read else x) for name, x in chosen.items()}
-                stays = select(rule, worth, chosen, cubic(now, begin, end, 1.0, initial / rule.sparsity))
-                made = stays if straight_through else {name: jnp.where(stays[name], x, 0) for name, x in chosen.items()}
-                return {name: x.reshape(held[name].shape) for name, x in made.items()}
+                found = select(rule, worth, chosen, cubic(now, begin, end, 1.0, initial / rule.sparsity))
+                return {name: x.reshape(weights[name].shape) for name, x in found.items()}
+
+            def zeroed(weights: dict[str, Array], masks: dict[str, Array]) -> dict[str, Array]:
+                return {name: jnp.where(masks[name], x, 0) for name, x in weights.items()}
 
             due = finite & (now > begin) & (now <= end) & ((now - begin) % every == 0)
-            placed = {name: jnp.where(kept, after[name], 0) for name, kept in targets.items()}
-            held, hidden = (targets, after) if straight_through else (placed, {})
+            placed = own(_at(lambda _, p, u: moved(p, _still(u), finite), kept, params, updates))
             read = own(_squares(inner) if score.squares else sums)
-            held = jax.lax.cond(due, choose, lambda held, *_: held, held, hidden, read)
-
-            def like(found: dict[str, Array]) -> Any:
-                return tree.map_with_name(lambda name, _: found[name], before)
-
-            new = PruneState(inner, live(now, state.step), Mask(like(held)) if straight_through else None, sums)
-            return _at(lambda x, _: Placed(x), like(hidden or held), updates), new
+            if straight_through:
+                masks = jax.lax.cond(due, lambda _, *by: stays(*by), lambda masks, *_: masks, masks, placed, read)
+            else:
+                placed = jax.lax.cond(
+                    due, lambda x, read: zeroed(x, stays(x, read)), lambda x, _: x, zeroed(placed, masks), read
+                )
+            mask = WeightMask(tree.map_with_name(masks.get, kept)) if straight_through else None
+            updates = tree.map_with_name(lambda name, u: Placed(placed[name]) if name in placed else u, updates)
+            return updates, PruneState(inner, live(now, state.step), mask, sums)
 
         return optax.GradientTransformationExtraArgs(init, step)
 

@@ -524,6 +524,21 @@ def test_moments_under_freezing_and_averages_of_several_growths():
     assert report.endswith("reset: 1/2/count (1 array)") and "average" in report  # of the schedule, which begins anew
 
 
+@pytest.mark.parametrize("outside", [True, False])
+def test_the_average_of_what_a_mask_removed_is_zero(outside):
+    """It is kept of the weights behind the mask too, and no mask goes on into another run."""
+    tiny, name, average = tiny_model("gpt2"), "decoder/layers/mlp/up", moving_average(0.9)
+    pruned = prune(0.5, schedule=(0, 4, 1), straight_through=True)
+    change = chain(pruned, average) if outside else chain(average, pruned)
+    old, fresh = (quick(each.update(OPTIMIZER).init)(tiny.params) for each in (change, average))
+    gone = np.arange(leaves(tiny.params)[name].shape[1])[:, None] % 2 == 0
+    old = tree.map_with_name(lambda path, x: x & ~gone if path.endswith(f"mask/kept/{name}") else x, old)
+    found, _ = carry((), tiny.config, old, fresh, KEY)
+    for path, x in leaves(found.average).items():
+        before = leaves(tiny.params)[path]
+        np.testing.assert_array_equal(x, np.where(gone, 0, before) if path == name else before, path)
+
+
 @pytest.mark.parametrize(
     "before, after",
     [

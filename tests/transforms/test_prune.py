@@ -17,7 +17,7 @@ from llm_jax.losses import Loss
 from llm_jax.models import transformer
 from llm_jax.platform import compiler_options
 from llm_jax.step import differentiate, init_state, make_step
-from llm_jax.transforms.base import IDENTITY, Calibration, Transform, applied, chain, moved
+from llm_jax.transforms.base import IDENTITY, Calibration, Transform, chain, effective_params, moved
 from llm_jax.transforms.freeze import freeze
 from llm_jax.transforms.moving_average import moving_average
 from llm_jax.transforms.prune import (
@@ -607,7 +607,7 @@ def toy_loss(params, batch, key, reference):
 
 def up_of(state):
     """The matrix of the toy as the model is applied with it."""
-    return applied(state.opt_state, state.params)["decoder"]["layers"]["mlp"]["up"]
+    return effective_params(state.opt_state, state.params)["decoder"]["layers"]["mlp"]["up"]
 
 
 def toy_train(change, steps, rule=None):
@@ -658,15 +658,37 @@ def test_each_step_of_a_schedule(score, straight_through):
 
 
 def test_the_objective_straight_through_is_that_of_the_pruned_model():
-    """Where an update may ask for it again, as a line search does: of the weights that it names, without those that are removed."""
-    asked = optax.GradientTransformationExtraArgs(
-        lambda params: jnp.zeros(2),
-        lambda g, state, params, *, value, value_fn, **_: (g, jnp.stack([value, value_fn(params)])),
-    )
+    """Where an update may ask for it again, as a line search does: of the weights that it names, without those that are removed; and its
+    gradient is the one that it is given."""
+
+    def ask(g, state, params, *, value, value_fn, **_):
+        again, gradient = jax.value_and_grad(value_fn)(params)
+        return g, (jnp.stack([value, again]), gradient, g)
+
+    asked = optax.GradientTransformationExtraArgs(lambda params: (jnp.zeros(2), params, params), ask)
     _, states = toy_train(prune(0.5, schedule=(0, 2, 1), straight_through=True), 3, asked)
-    value, again = states[-1].opt_state.inner
+    (value, again), *gradients = states[-1].opt_state.inner
+    jax.tree.map(np.testing.assert_array_equal, *gradients)
     dense = toy_loss(states[-2].params, None, None, {}).total
     assert value == again == toy_loss(toy(up_of(states[-2])), None, None, {}).total != dense
+
+
+@pytest.mark.parametrize("straight_through", [True, False])
+def test_what_a_mask_inside_removed_counts(problem, straight_through):
+    """So that one and the other take no more than is asked for."""
+    inside = prune(0.5, pattern="2:4", schedule=(0, 2, 1), straight_through=True)
+    change = chain(inside, prune(0.75, schedule=(0, 2, 1), straight_through=straight_through))
+    last = train(problem, change, 3)[-1]
+    for name, x in matrices(effective_params(last.opt_state, last.params)).items():
+        assert (x == 0).mean() == 0.75, name
+
+
+def test_what_is_frozen_inside_is_not_masked(problem):
+    change = chain(freeze([UP]), prune(0.5, schedule=(0, 2, 1), straight_through=True))
+    last = train(problem, change, 3)[-1]
+    found = named(effective_params(last.opt_state, last.params))
+    np.testing.assert_array_equal(found[UP], named(problem.params)[UP])
+    assert (found[DOWN] == 0).mean() == 0.5
 
 
 def test_several_masks_straight_through(problem):
@@ -676,7 +698,7 @@ def test_several_masks_straight_through(problem):
         for target, share in ((UP, 0.5), (DOWN, 0.75))
     ]
     last = train(problem, chain(*changes), 3)[-1]
-    found = named(applied(last.opt_state, last.params))
+    found = named(effective_params(last.opt_state, last.params))
     assert (found[UP] == 0).mean() == 0.5 and (found[DOWN] == 0).mean() == 0.75
     for name, x in named(last.params).items():
         assert (x != 0).all() or name not in (UP, DOWN)
@@ -714,7 +736,7 @@ def test_what_is_pruned_already_is_pruned_further(inside, straight_through):
         updates, state = optimizer.update(jax.tree.map(jnp.ones_like, params), state, params)
         params = jax.tree.map(moved, params, updates)
         assert (params["decoder"]["layers"]["mlp"]["up"] == 0)[gone].all()
-    assert int((applied(state, params)["decoder"]["layers"]["mlp"]["up"] == 0).sum()) == 48
+    assert int((effective_params(state, params)["decoder"]["layers"]["mlp"]["up"] == 0).sum()) == 48
 
 
 @pytest.mark.parametrize("straight_through", [True, False])
