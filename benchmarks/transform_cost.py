@@ -1,21 +1,24 @@
 """Claims: pruning adds 2% to a step at most; a step of distillation costs at most 1.15 of the teacher's forward pass and the student's step.
 
     pip install -e .
-    python -m benchmarks.transform_cost [--repeats 200]
+    python -m benchmarks.transform_cost [--repeats 100]
 
 MiniLM (22.7M parameters) and half of it, 4 rows of 64 tokens, AdamW. Single steps take turns in one process, beginning with another one each time;
-medians of the ratios to the plain step of the same turn. A second plain step among them tells how far the noise goes. The sums of movement are read
+medians of the ratios to the plain step of the same turn. Where in memory a step's arrays lie changes its time by half a percent either way, so that
+each step is built three times, in another order each time, and a turn counts the mean of the three. A second plain step tells how far the noise
+goes. The sums of movement are read
 and written with each update, and straight through a mask is read, whatever the rows, so that these are measured over 8 rows (as in
 configs/prune_fisher.py) and 32 too, 32 with a quarter of the turns. That the memory of distillation does not grow with tokens x vocabulary is
 tested in tests/transforms/test_distil.py. The teacher, configs/snippets_minilm.py, is trained first where it is not there. Wants a machine without
-other work: twenty minutes.
+other work: half an hour.
 """
 
 import argparse
+import functools
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +33,7 @@ from llm_jax.transforms import distil, new_head, prune, shrink
 
 ROWS, MORE = 4, {8: 1, 32: 4}
 """Rows of a step, and of more with how much fewer turns"""
+COPIES = 3
 Timed = Callable[[], float]
 
 
@@ -72,20 +76,24 @@ def forward(folder: Path) -> Timed:
     return timed(lambda: read(params, batch))
 
 
-def in_turn(turns: dict[str, Timed], repeats: int) -> dict[str, list[float]]:
-    """The seconds of each, in turns that go forth and back and begin with another one each time."""
-    names, times = list(turns), {name: [] for name in turns}
+def in_turn(makers: dict[str, Callable[[], Timed]], repeats: int) -> dict[str, list[float]]:
+    """The mean seconds of each one's copies, in turns that go forth and back and begin with another one each time."""
+    turns: list[tuple[str, Timed]] = []
+    for i in range(COPIES):
+        names = list(makers)[i:] + list(makers)[:i]
+        turns += [(name, makers[name]()) for name in names]
+    times: dict[str, list[float]] = {name: [0.0] * repeats for name in makers}
     for i in range(repeats):
-        begin = i % len(names)
-        for name in (names[begin:] + names[:begin])[:: 1 if i % 2 else -1]:
-            times[name].append(turns[name]())
+        begin = i % len(turns)
+        for name, turn in (turns[begin:] + turns[:begin])[:: 1 if i % 2 else -1]:
+            times[name][i] += turn() / COPIES
     print({name: f"{statistics.median(x) * 1e3:.1f} ms" for name, x in times.items()}, flush=True)
     return times
 
 
 def main():
     parser = argparse.ArgumentParser()
-    parser.add_argument("--repeats", type=int, default=200)
+    parser.add_argument("--repeats", type=int, default=100)
     repeats = parser.parse_args().repeats
     setup()
     head, half = new_head("classification", labels=2), shrink(layers=(0, 2, 4))
@@ -104,17 +112,20 @@ def main():
     few = ("plain", "by movement", "straight through")
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        turns = {name: step_of(name, folder, (head, *change)) for name, change in ways.items()}
+
+        def steps(names: Iterable[str], rows: int) -> dict[str, Callable[[], Timed]]:
+            return {
+                name: functools.partial(step_of, f"{name}_{rows}", folder, (head, *ways[name]), rows) for name in names
+            }
+
         taking = {
-            "student": step_of("student", folder, (head, half)),
-            "distil": step_of("distil", folder, (head, half, taught)),
-            "teacher": forward(folder),
+            "student": functools.partial(step_of, "student", folder, (head, half)),
+            "distil": functools.partial(step_of, "distil", folder, (head, half, taught)),
+            "teacher": functools.partial(forward, folder),
         }
-        times = {ROWS: in_turn(turns, repeats), 0: in_turn(taking, repeats)}
-        del turns, taking
+        times = {ROWS: in_turn(steps(ways, ROWS), repeats), 0: in_turn(taking, repeats)}
         for rows, fewer in MORE.items():
-            turns = {name: step_of(f"{name}_{rows}", folder, (head, *ways[name]), rows) for name in few}
-            times[rows] = in_turn(turns, max(2, repeats // fewer))
+            times[rows] = in_turn(steps(few, rows), max(2, repeats // fewer))
 
     claims = []
     for rows, each in times.items():
