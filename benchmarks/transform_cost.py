@@ -5,12 +5,11 @@
 
 MiniLM (22.7M parameters) and half of it, 4 rows of 64 tokens, AdamW. Single steps take turns in one process, beginning with another one each time;
 medians of the ratios to the plain step of the same turn. Where in memory a step's arrays lie changes its time by half a percent either way, so that
-each step is built three times, in another order each time, and a turn counts the mean of the three. A second plain step tells how far the noise
-goes. The sums of movement are read
-and written with each update, and straight through a mask is read, whatever the rows, so that these are measured over 8 rows (as in
-configs/prune_fisher.py) and 32 too, 32 with a quarter of the turns. That the memory of distillation does not grow with tokens x vocabulary is
-tested in tests/transforms/test_distil.py. The teacher, configs/snippets_minilm.py, is trained first where it is not there. Wants a machine without
-other work: half an hour.
+each step is built three times, in another order each time, and a turn counts the mean of the three; a process has a chance of its own besides. A
+second plain step tells how far the noise goes. The sums of movement are read and written with each update, and straight through a mask is read,
+whatever the rows, so that these are measured over 8 rows (as in configs/prune_fisher.py) and 32 too, 32 with a quarter of the turns. That the memory
+of distillation does not grow with tokens x vocabulary is tested in tests/transforms/test_distil.py. The teacher, configs/snippets_minilm.py, is
+trained first where it is not there. Wants a machine without other work: half an hour.
 """
 
 import argparse
