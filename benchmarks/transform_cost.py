@@ -1,24 +1,26 @@
 """Claims: pruning adds 2% to a step at most; a step of distillation costs at most 1.15 of the teacher's forward pass and the student's step.
 
     pip install -e .
-    python -m benchmarks.transform_cost [--repeats 100]
+    python -m benchmarks.transform_cost [--processes 16] [--repeats 50]
 
 MiniLM (22.7M parameters) and half of it, 4 rows of 64 tokens, AdamW. Single steps take turns in one process, beginning with another one each time;
-medians of the ratios to the plain step of the same turn. Where in memory a step's arrays lie changes its time by half a percent either way, so that
-each step is built three times, in another order each time, and a turn counts the mean of the three; a process has a chance of its own besides. A
-second plain step tells how far the noise goes. The sums of movement are read and written with each update, and straight through a mask is read,
-whatever the rows, so that these are measured over 8 rows (as in configs/prune_fisher.py) and 32 too, 32 with a quarter of the turns. That the memory
-of distillation does not grow with tokens x vocabulary is tested in tests/transforms/test_distil.py. The teacher, configs/snippets_minilm.py, is
-trained first where it is not there. Wants a machine without other work: half an hour.
+a process has the median of the ratios to the plain step of the same turn. Where in memory a step's arrays lie, which each process finds anew, changes
+its time by half a percent either way, so that the figure is the mean over processes, one after another. A second plain step tells how far the noise
+goes. The sums of movement are read and written with each update, and straight through a mask is read, whatever the rows, so that these are measured
+over 8 rows (as in configs/prune_fisher.py) and 32 too, with fewer turns. That the memory of distillation does not grow with tokens x vocabulary is
+tested in tests/transforms/test_distil.py. The teacher, configs/snippets_minilm.py, is trained first where it is not there. Wants a machine without
+other work: an hour and ten minutes.
 """
 
 import argparse
 import functools
+import math
+import multiprocessing
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterable
-from pathlib import Path
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from typing import Any
 
 import jax
@@ -30,9 +32,20 @@ from llm_jax.models import transformer
 from llm_jax.platform import compiler_options, setup
 from llm_jax.transforms import distil, new_head, prune, shrink
 
-ROWS, MORE = 4, {8: 1, 32: 4}
-"""Rows of a step, and of more with how much fewer turns"""
-COPIES = 3
+ROWS = {4: 1, 8: 2, 32: 5}
+"""Rows of a step, each with how much fewer turns"""
+SCHEDULE = (2, 50_002, 100)
+WAYS: dict[str, tuple[Any, ...]] = {
+    "plain": (),
+    "a second plain one": (),
+    "keeping pruned weights": (prune(0.8),),
+    "pruning on a schedule, by magnitude": (prune(0.8, schedule=SCHEDULE),),
+    "pruning on a schedule, by fisher": (prune(0.8, score="fisher", schedule=SCHEDULE),),
+    "by movement": (prune(0.8, score="movement", schedule=SCHEDULE),),
+    "straight through": (prune(0.8, score="movement", schedule=SCHEDULE, straight_through=True),),
+}
+FEW = ("plain", "a second plain one", "by movement", "straight through")
+Times = dict[str, list[float]]
 Timed = Callable[[], float]
 
 
@@ -49,9 +62,10 @@ def timed(function: Callable[[], Any]) -> Timed:
     return turn
 
 
-def step_of(name: str, folder: Path, transforms: tuple[Any, ...], rows: int = ROWS) -> Timed:
+def step_of(folder: str, name: str, transforms: tuple[Any, ...], rows: int = 4) -> Timed:
     """A step of the run with these transforms."""
-    run = arms.load("snippets_minilm", transforms=transforms, workdir=str(folder / name), epochs=0.0, steps=100_000)
+    workdir = f"{folder}/{name}"
+    run = arms.load("snippets_minilm", transforms=transforms, workdir=workdir, epochs=0.0, steps=100_000)
     parts = run_parts.build(arms.changed(run, batch=dict(size=rows)))
     held, batch = [parts.init()[0]], jax.device_put(next(parts.train).batch)
     parts.close()
@@ -63,9 +77,9 @@ def step_of(name: str, folder: Path, transforms: tuple[Any, ...], rows: int = RO
     return timed(one)
 
 
-def forward(folder: Path) -> Timed:
-    """A forward pass of the teacher over the same rows."""
-    parts = run_parts.build(arms.load("snippets_minilm", workdir=str(folder / "forward")))
+def forward(folder: str) -> Timed:
+    """A forward pass of the teacher over 4 rows."""
+    parts = run_parts.build(arms.load("snippets_minilm", workdir=f"{folder}/forward"))
     params, batch = parts.init()[0].params, jax.device_put(next(parts.train).batch)
     parts.close()
     read = jax.jit(
@@ -75,71 +89,81 @@ def forward(folder: Path) -> Timed:
     return timed(lambda: read(params, batch))
 
 
-def in_turn(makers: dict[str, Callable[[], Timed]], repeats: int) -> dict[str, list[float]]:
-    """The mean seconds of each one's copies, in turns that go forth and back and begin with another one each time."""
-    turns: list[tuple[str, Timed]] = []
-    for i in range(COPIES):
-        names = list(makers)[i:] + list(makers)[:i]
-        turns += [(name, makers[name]()) for name in names]
-    times: dict[str, list[float]] = {name: [0.0] * repeats for name in makers}
+def in_turn(makers: dict[str, Callable[[], Timed]], first: int, repeats: int) -> Times:
+    """The seconds of each one, in turns that go forth and back and begin with another one each time; they are made from the `first` on."""
+    names = list(makers)[first % len(makers) :] + list(makers)[: first % len(makers)]
+    turns = {name: makers[name]() for name in names}
+    times: Times = {name: [] for name in makers}
     for i in range(repeats):
-        begin = i % len(turns)
-        for name, turn in (turns[begin:] + turns[:begin])[:: 1 if i % 2 else -1]:
-            times[name][i] += turn() / COPIES
-    print({name: f"{statistics.median(x) * 1e3:.1f} ms" for name, x in times.items()}, flush=True)
+        begin = i % len(names)
+        for name in (names[begin:] + names[:begin])[:: 1 if i % 2 else -1]:
+            times[name].append(turns[name]())
     return times
+
+
+def pruning(process: int, rows: int, repeats: int) -> Times:
+    """The steps of a process over so many rows, plain and pruned."""
+    setup()
+    head = new_head("classification", labels=2)
+    with tempfile.TemporaryDirectory() as folder:
+        makers = {
+            name: functools.partial(step_of, folder, name, (head, *WAYS[name]), rows)
+            for name in (WAYS if rows == min(ROWS) else FEW)
+        }
+        return in_turn(makers, process, repeats)
+
+
+def distilling(process: int, teacher: str, repeats: int) -> Times:
+    """The student's step in a process, with and without its teacher, and the teacher's forward pass."""
+    setup()
+    student = new_head("classification", labels=2), shrink(layers=(0, 2, 4))
+    taught = distil(teacher, temperature=2.0, soft=0.5, task=0.5, cosine=0.5)
+    with tempfile.TemporaryDirectory() as folder:
+        makers = {
+            "student": functools.partial(step_of, folder, "student", student),
+            "distil": functools.partial(step_of, folder, "distil", (*student, taught)),
+            "teacher": functools.partial(forward, folder),
+        }
+        return in_turn(makers, process, repeats)
+
+
+def over(seconds: Times, name: str, *by: str) -> float:
+    """The median of the ratios of one to the sum of others in the same turn."""
+    return statistics.median(a / sum(b) for a, *b in zip(seconds[name], *(seconds[x] for x in by)))
 
 
 def main():
     parser = argparse.ArgumentParser()
-    parser.add_argument("--repeats", type=int, default=100)
-    repeats = parser.parse_args().repeats
-    setup()
-    head, half = new_head("classification", labels=2), shrink(layers=(0, 2, 4))
+    parser.add_argument("--processes", type=int, default=16)
+    parser.add_argument("--repeats", type=int, default=50)
+    asked = parser.parse_args()
     teacher = arms.teacher()["paths"]["folder"]
-    taught = distil(teacher, temperature=2.0, soft=0.5, task=0.5, cosine=0.5)
-    schedule = (2, 50_002, 100)
-    ways = {
-        "plain": (),
-        "a second plain one": (),
-        "keeping pruned weights": (prune(0.8),),
-        "pruning on a schedule, by magnitude": (prune(0.8, schedule=schedule),),
-        "pruning on a schedule, by fisher": (prune(0.8, score="fisher", schedule=schedule),),
-        "by movement": (prune(0.8, score="movement", schedule=schedule),),
-        "straight through": (prune(0.8, score="movement", schedule=schedule, straight_through=True),),
-    }
-    few = ("plain", "by movement", "straight through")
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary)
-
-        def steps(names: Iterable[str], rows: int) -> dict[str, Callable[[], Timed]]:
-            return {
-                name: functools.partial(step_of, f"{name}_{rows}", folder, (head, *ways[name]), rows) for name in names
-            }
-
-        taking = {
-            "student": functools.partial(step_of, "student", folder, (head, half)),
-            "distil": functools.partial(step_of, "distil", folder, (head, half, taught)),
-            "teacher": functools.partial(forward, folder),
-        }
-        times = {ROWS: in_turn(steps(ways, ROWS), repeats), 0: in_turn(taking, repeats)}
-        for rows, fewer in MORE.items():
-            times[rows] = in_turn(steps(few, rows), max(2, repeats // fewer))
+    pruned: dict[int, list[Times]] = {rows: [] for rows in ROWS}
+    distilled: list[Times] = []
+    # a new process for each: an array's place in memory is its chance
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), max_tasks_per_child=1) as pool:
+        for process in range(asked.processes):
+            for rows, fewer in ROWS.items():
+                seconds = pool.submit(pruning, process, rows, math.ceil(asked.repeats / fewer)).result()
+                pruned[rows].append(seconds)
+                print(process, rows, {name: round(over(seconds, name, "plain"), 4) for name in seconds}, flush=True)
+            distilled.append(pool.submit(distilling, process, teacher, asked.repeats).result())
 
     claims = []
-    for rows, each in times.items():
-        for name in each if rows else ():
-            ratios = [a / b for a, b in zip(each[name], each["plain"])]
-            value = statistics.median(ratios)
-            quartiles = statistics.quantiles(ratios, n=4)
-            if name != "plain":
-                title = f"a step of {rows} rows, {name}"
-                claims.append(claim(title, value, 1.02, value <= 1.02, ratios, quartiles=quartiles))
-    apart = [a / (b + c) for a, b, c in zip(*(times[0][name] for name in ("distil", "student", "teacher")))]
-    both = statistics.median(apart)
-    claims.append(claim("a distillation step over forward and step", both, 1.15, both <= 1.15, apart))
-    medians = {str(rows): {k: statistics.median(x) for k, x in each.items()} for rows, each in times.items()}
-    claims[0]["seconds"] = medians
+    for rows, each in pruned.items():
+        for name in list(each[0])[1:]:
+            ratios = [over(seconds, name, "plain") for seconds in each]
+            value = statistics.mean(ratios)
+            error = statistics.stdev(ratios) / math.sqrt(len(ratios))
+            title = f"a step of {rows} rows, {name}"
+            claims.append(claim(title, value, 1.02, value <= 1.02, ratios, standard_error=error))
+    ratios = [over(seconds, "distil", "student", "teacher") for seconds in distilled]
+    value = statistics.mean(ratios)
+    claims.append(claim("a distillation step over forward and step", value, 1.15, value <= 1.15, ratios))
+    claims[0]["seconds"] = {
+        str(rows): {name: statistics.median(x for seconds in each for x in seconds[name]) for name in each[0]}
+        for rows, each in {**pruned, 0: distilled}.items()
+    }
     write("transform_cost", claims)
 
 
