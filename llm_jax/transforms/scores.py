@@ -18,6 +18,7 @@ from llm_jax.losses import LossFn
 from llm_jax.models import transformer
 from llm_jax.models.config import ModelConfig
 from llm_jax.models.transformer import Params
+from llm_jax.platform import target
 from llm_jax.transforms.base import marked, removed
 
 EXACT = jax.lax.Precision.HIGHEST
@@ -206,29 +207,47 @@ Axes = tuple[int, ...] | None
 def smallest(arrays: Sequence[Array], count: Any, axes: Axes) -> list[Bool[Array, "..."]]:
     """True at exactly `count` values over `axes`, of all arrays together: the smallest, and of equal ones the first.
 
-    What a stable sort would choose, found by bisection over the bits of the values and then over the places of the equal ones: 64 passes that
-    only count, in which sharded arrays stay where they are. Up to 2^32 values are told apart.
+    What a stable sort would choose, found by bisection over the bits of the values and, where equal ones must be told apart, over those of their
+    places: passes that only count, in which sharded arrays stay where they are. Up to 2^32 values are told apart.
     """
 
-    def greatest(below: Callable[[Array], Array], shape: Any) -> Array:
-        """The greatest number of 32 bits with below(number) <= what is wanted."""
+    def greatest(below: Callable[[Array], Array], bits: int) -> Array:
+        """The greatest number of so many bits with below(number) <= what is wanted."""
 
         def bit(i: Array, found: Array) -> Array:
-            trial = found | (jnp.uint32(1) << (31 - i).astype(jnp.uint32))
+            trial = found | (jnp.uint32(1) << (bits - 1 - i).astype(jnp.uint32))
             return jnp.where(below(trial), trial, found)
 
-        return jax.lax.fori_loop(0, 32, bit, jnp.zeros(shape, jnp.uint32))
+        return jax.lax.fori_loop(0, bits, bit, jnp.zeros(shape, jnp.uint32))
 
     def counted(each: Sequence[Array]) -> Array:
-        return sum(jnp.sum(x, axis=axes, keepdims=axes is not None, dtype=jnp.uint32) for x in each)  # type: ignore[return-value]
+        return sum(_counted(x, axes) for x in each)  # type: ignore[return-value]
+
+    def equal(rest: Array) -> Array:
+        """The place before which so many of those that are equal to the limit are."""
+        bits = sum(_size(x, axes) for x in arrays).bit_length()
+        places = _places(arrays, axes)
+        return greatest(lambda t: counted([(x == limit) & (at < t) for x, at in zip(values, places)]) <= rest, bits)
 
     wanted = jnp.asarray(count, jnp.uint32)
     shape = () if axes is None else tuple(1 if i in axes else n for i, n in enumerate(arrays[0].shape))
-    values, places = [_ordered(x) for x in arrays], _places(arrays, axes)
-    limit = greatest(lambda t: counted([x < t for x in values]) <= wanted, shape)
+    values = [_ordered(x) for x in arrays]
+    limit = greatest(lambda t: counted([x < t for x in values]) <= wanted, 32)
     rest = wanted - counted([x < limit for x in values])
-    last = greatest(lambda t: counted([(x == limit) & (at < t) for x, at in zip(values, places)]) <= rest, shape)
-    return [(x < limit) | ((x == limit) & (at < last)) for x, at in zip(values, places)]
+    last = jax.lax.cond(jnp.any(rest > 0), equal, jnp.zeros_like, rest)  # weights are rarely equal
+    return [(x < limit) | ((x == limit) & (at < last)) for x, at in zip(values, _places(arrays, axes))]
+
+
+def _counted(x: Bool[Array, "..."], axes: Axes) -> Array:
+    """How many are True over `axes`, which stay with length 1; over all of them, a number.
+
+    XLA on CPU writes out what it adds up: that is begun in two bytes a value, along the longest axis but the last, in a third of the time.
+    """
+    along = range(x.ndim) if axes is None else axes
+    first = max(along, key=lambda axis: (axis != x.ndim - 1, x.shape[axis]))
+    if target() == "cpu" and x.shape[first] < 2**16:
+        x = jnp.sum(x, axis=first, keepdims=True, dtype=jnp.uint16)
+    return jnp.sum(x, axis=axes, keepdims=axes is not None, dtype=jnp.uint32)
 
 
 def _places(arrays: Sequence[Array], axes: Axes) -> list[Array]:

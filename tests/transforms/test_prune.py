@@ -100,6 +100,16 @@ def test_the_smallest_are_those_of_a_stable_sort(axes):
         np.testing.assert_array_equal(found, expected, err_msg=f"{count}")
 
 
+@pytest.mark.parametrize("shape", [(1, 2**16, 2), (2, 2**16 - 1, 3), (4, 8, 8), (1, 1, 2**16)])
+@pytest.mark.parametrize("axes", [(1, 2), None])
+def test_of_equal_ones_the_first_however_many(shape, axes):
+    find = jax.jit(lambda x, count: smallest([x], count, axes)[0], compiler_options=FAST)
+    size = math.prod(shape) if axes is None else math.prod(shape[1:])
+    for count in (0, 1, size // 2, size - 1, size):
+        found = np.asarray(find(jnp.zeros(shape), count)).reshape(-1, size)
+        assert (found == (np.arange(size) < count)).all(), count
+
+
 def test_a_product_is_a_product_of_matrices(problem):
     for name, x in matrices(problem.params).items():
         np.testing.assert_array_equal(matrix(name, named(problem.params)[name]), x)
